@@ -1,0 +1,37 @@
+# Two commands do everything: `make quickstart` and `make test`. Both create or reuse a virtual environment in $(VENV).
+# PIP_ARGS reaches pip, for instance an index with another torch build; RLHF_ARGS reaches the quickstart.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+RLHF_ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow lint install clean
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-development: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+install: $(VENV)/.installed
+
+quickstart: $(VENV)/.installed
+	$(BIN)/rlhf run experiment=quickstart $(RLHF_ARGS)
+
+test: $(VENV)/.installed-development
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-development
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,60 @@
+"""The whole config. `RLHFConfig` is the only thing code sees."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlhf.config.base import NonNegativeInt, Section
+from rlhf.config.data import DataConfig, EmbeddedData
+from rlhf.config.distributed import DistributedConfig
+from rlhf.config.model import ModelConfig
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.run import RunConfig
+from rlhf.config.stages import CollectConfig, EvaluateConfig, RewardModelConfig, SFTConfig
+from rlhf.config.tracking import TrackingConfig
+from rlhf.config.zero import ZeroConfig
+
+StageName = Literal["sft", "collect", "reward_model", "ppo", "evaluate", "report"]
+STAGES: tuple[StageName, ...] = ("sft", "collect", "reward_model", "ppo", "evaluate", "report")
+
+
+class RLHFConfig(Section):
+    """A run: its name, its stages in order and one section for each concern."""
+
+    experiment: str = Field("default", description="name of the experiment; names the run folder", pattern=r"^[\w.-]+$")
+    seed: NonNegativeInt = Field(1, description="seed of every random number of the run")
+    stages: tuple[StageName, ...] = Field(STAGES, description="stages to run, in this order", min_length=1)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = EmbeddedData()
+    zero: ZeroConfig = ZeroConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    run: RunConfig = RunConfig()
+    sft: SFTConfig = SFTConfig()
+    collect: CollectConfig = CollectConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _stages_once(self) -> RLHFConfig:
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError(f"stages lists a stage twice: {list(self.stages)}")
+        order = [STAGES.index(stage) for stage in self.stages]
+        if order != sorted(order):
+            raise ValueError(f"stages must keep the order {', '.join(STAGES)}; got {', '.join(self.stages)}")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_share_batches(self) -> RLHFConfig:
+        ranks = self.distributed.num_processes
+        for name, size in (
+            ("sft.batch_size", self.sft.batch_size),
+            ("reward_model.batch_size", self.reward_model.batch_size),
+            ("ppo.batch_size / ppo.num_minibatches", self.ppo.batch_size // self.ppo.num_minibatches),
+        ):
+            if size % ranks:
+                raise ValueError(f"{name} ({size}) must be a multiple of distributed.num_processes ({ranks})")
+        return self

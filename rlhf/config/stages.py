@@ -1,0 +1,95 @@
+"""`sft`, `collect`, `reward_model` and `evaluate`: one section a stage (PPO has its own module)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlhf.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
+from rlhf.config.training import TrainingConfig
+
+
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning: the loss is the token mean of the response's cross-entropy, EOS included."""
+
+    base: str | None = Field(None, description="folder or hub id to start from; null is `model`")
+    train_on_prompt: bool = Field(False, description="the prompt's tokens count in the loss too")
+
+
+class SamplingConfig(Section):
+    """How responses are sampled. Scoring applies the same temperature; truncation of the distribution is not offered."""
+
+    temperature: PositiveFloat = Field(1.0, description="logits are divided by it, in sampling and in scoring")
+    max_response_tokens: PositiveInt = Field(32, description="longest response, EOS included")
+    batch_size: PositiveInt = Field(128, description="responses sampled at a time on a rank")
+
+
+class CollectConfig(Section):
+    """Preference collection: two responses a prompt from the policy, labelled by a simulated annotator."""
+
+    policy: str | None = Field(None, description="policy that writes the responses; null is this run's SFT model")
+    num_comparisons: PositiveInt = Field(4000, description="labelled pairs of training prompts")
+    num_validation_comparisons: PositiveInt = Field(200, description="labelled pairs of validation prompts")
+    num_test_comparisons: PositiveInt = Field(500, description="pairs of test prompts, labelled without noise")
+    annotator_temperature: PositiveFloat = Field(
+        0.5, description="Bradley-Terry noise: P(a over b) = sigmoid((gold(a) - gold(b)) / temperature)"
+    )
+    num_annotators: PositiveInt = Field(3, description="simulated annotators, each with its own noise")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how the responses are sampled")
+
+
+class RewardModelConfig(TrainingConfig):
+    """Reward model: pairwise logistic loss on comparisons (Bradley-Terry)."""
+
+    base: str | None = Field(None, description="folder or hub id to start from; null is this run's SFT model, else `model`")
+    comparisons: str | None = Field(
+        None, description="folder of comparisons; null takes this run's collection, else the data's own"
+    )
+    center_coefficient: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the squared sum of a pair's scores, which keeps scores near zero"
+    )
+
+
+class GoldJudge(Section):
+    """The embedded corpus's gold reward: exact, and never seen by a trained model."""
+
+    type: Literal["gold"] = "gold"
+
+
+class ClassifierJudge(Section):
+    """A TF-IDF and logistic-regression classifier trained on labelled texts that no other stage sees."""
+
+    type: Literal["classifier"] = "classifier"
+    ngram_max: PositiveInt = Field(2, description="longest word n-gram")
+    inverse_regularization: PositiveFloat = Field(4.0, description="C of the logistic regression")
+
+
+class RewardModelJudge(Section):
+    """This run's reward model. It is what PPO optimised, so it shows fit, not quality."""
+
+    type: Literal["reward_model"] = "reward_model"
+
+
+JudgeConfig = Annotated[GoldJudge | ClassifierJudge | RewardModelJudge, Field(discriminator="type")]
+
+
+class EvaluateConfig(Section):
+    """Evaluation of a policy against a baseline on the same held-out prompts."""
+
+    policy: str | None = Field(None, description="policy to judge; null is this run's PPO model")
+    baseline: str | None = Field(None, description="model to compare with; null is this run's SFT model")
+    reference: str | None = Field(None, description="model of the KL; null is the baseline")
+    reward_model: str | None = Field(None, description="reward model whose score is shown; null is this run's, if any")
+    judge: JudgeConfig = Field(GoldJudge(), description="who decides which response is better")
+    num_prompts: PositiveInt = Field(500, description="held-out prompts")
+    num_samples_shown: NonNegativeInt = Field(20, description="prompts in the sample table")
+    confidence: Probability = Field(0.95, description="level of the intervals")
+    bootstrap_resamples: PositiveInt = Field(2000, description="resamples of the bootstrap intervals")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how the responses are sampled")
+
+    @model_validator(mode="after")
+    def _confidence_is_open(self) -> EvaluateConfig:
+        if not 0 < self.confidence < 1:
+            raise ValueError("confidence must lie between 0 and 1, both excluded")
+        return self
