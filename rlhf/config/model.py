@@ -18,7 +18,9 @@ class ScratchConfig(Section):
     num_layers: PositiveInt = Field(2, description="number of transformer blocks")
     hidden_size: PositiveInt = Field(128, description="width of the residual stream; a multiple of num_heads")
     num_heads: PositiveInt = Field(4, description="number of attention heads")
-    vocab_size: PositiveInt = Field(512, description="size of the BPE vocabulary, at least 262 (bytes and specials)", ge=262)
+    vocab_size: PositiveInt = Field(
+        512, description="size of the BPE vocabulary, at least 262 (bytes and specials)", ge=262
+    )
     max_positions: PositiveInt = Field(256, description="longest sequence, prompt and response together, in tokens")
 
 
@@ -28,7 +30,9 @@ class ModelConfig(Section):
     path: str | None = Field(None, description="local folder or hub id; null makes a model from `scratch`")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    chat_template: str | None = Field(None, description="Jinja chat template, or path of one; null keeps the tokenizer's")
+    chat_template: str | None = Field(
+        None, description="Jinja chat template, or path of one; null keeps the tokenizer's"
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="attention kernel; auto lets transformers choose"
     )

@@ -28,7 +28,9 @@ class PPOConfig(Section):
     batch_size: PositiveInt = Field(128, description="responses an update")
     num_epochs: PositiveInt = Field(4, description="passes over a rollout")
     num_minibatches: PositiveInt = Field(1, description="optimiser steps a pass; divides batch_size")
-    micro_batch_size: PositiveInt | None = Field(None, description="responses a training forward on a rank; null: no accumulation")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="responses a training forward on a rank; null: no accumulation"
+    )
     rollout_batch_size: PositiveInt = Field(128, description="responses sampled or scored at a time on a rank")
 
     temperature: PositiveFloat = Field(1.0, description="of sampling, old, new and reference log-probs and entropies")
@@ -36,7 +38,9 @@ class PPOConfig(Section):
 
     learning_rate: PositiveFloat = Field(3e-6, description="of the policy")
     value_learning_rate: PositiveFloat | None = Field(None, description="of the critic; null is learning_rate")
-    schedule: Literal["constant", "linear"] = Field("linear", description="decay of both learning rates over the updates")
+    schedule: Literal["constant", "linear"] = Field(
+        "linear", description="decay of both learning rates over the updates"
+    )
     warmup_updates: NonNegativeInt = Field(0, description="updates of linear warm-up")
     adam_beta1: Probability = Field(0.9, description="decay of the first moment")
     adam_beta2: Probability = Field(0.999, description="decay of the second moment")
@@ -56,7 +60,9 @@ class PPOConfig(Section):
     whiten_advantages: bool = Field(True, description="zero mean, unit variance over the global batch")
     normalize_score: bool = Field(True, description="shift and scale scores by the reward model's own statistics")
     score_clip: PositiveFloat | None = Field(None, description="scores are clipped to +- this after normalisation")
-    missing_eos_penalty: NonNegativeFloat | None = Field(None, description="subtracted from a response that never stopped")
+    missing_eos_penalty: NonNegativeFloat | None = Field(
+        None, description="subtracted from a response that never stopped"
+    )
     score_position: Literal["last_token", "after_eos"] = Field(
         "last_token", description="token that gets the score; after_eos reproduces the TL;DR lineage"
     )
@@ -69,7 +75,5 @@ class PPOConfig(Section):
     @model_validator(mode="after")
     def _batch_divides(self) -> PPOConfig:
         if self.batch_size % self.num_minibatches:
-            raise ValueError(
-                f"num_minibatches ({self.num_minibatches}) must divide batch_size ({self.batch_size})"
-            )
+            raise ValueError(f"num_minibatches ({self.num_minibatches}) must divide batch_size ({self.batch_size})")
         return self

@@ -50,11 +50,12 @@ class RLHFConfig(Section):
     @model_validator(mode="after")
     def _ranks_share_batches(self) -> RLHFConfig:
         ranks = self.distributed.num_processes
-        for name, size in (
+        sizes = (
             ("sft.batch_size", self.sft.batch_size),
             ("reward_model.batch_size", self.reward_model.batch_size),
             ("ppo.batch_size / ppo.num_minibatches", self.ppo.batch_size // self.ppo.num_minibatches),
-        ):
-            if size % ranks:
-                raise ValueError(f"{name} ({size}) must be a multiple of distributed.num_processes ({ranks})")
+        )
+        wrong = " and ".join(f"{name} ({size})" for name, size in sizes if size % ranks)
+        if wrong:
+            raise ValueError(f"{wrong} must be a multiple of distributed.num_processes ({ranks})")
         return self

@@ -42,7 +42,9 @@ class CollectConfig(Section):
 class RewardModelConfig(TrainingConfig):
     """Reward model: pairwise logistic loss on comparisons (Bradley-Terry)."""
 
-    base: str | None = Field(None, description="folder or hub id to start from; null is this run's SFT model, else `model`")
+    base: str | None = Field(
+        None, description="folder or hub id to start from; null is this run's SFT model, else `model`"
+    )
     comparisons: str | None = Field(
         None, description="folder of comparisons; null takes this run's collection, else the data's own"
     )

@@ -15,7 +15,9 @@ class TrainingConfig(Section):
     num_epochs: PositiveFloat = Field(1.0, description="passes over the training split")
     max_steps: PositiveInt | None = Field(None, description="optimiser steps; overrides num_epochs")
     batch_size: PositiveInt = Field(32, description="examples an optimiser step, all ranks together")
-    micro_batch_size: PositiveInt | None = Field(None, description="examples a forward pass on a rank; null: no accumulation")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="examples a forward pass on a rank; null: no accumulation"
+    )
     learning_rate: PositiveFloat = Field(1e-3, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay after the warm-up")
     warmup_steps: NonNegativeInt = Field(0, description="optimiser steps of linear warm-up")

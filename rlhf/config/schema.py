@@ -1,0 +1,189 @@
+"""The schema as a table of dotted keys, built once from the pydantic classes, for error texts and conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from rlhf.config.base import Section
+from rlhf.config.root import RLHFConfig
+
+Path = tuple[str, ...]
+DISCRIMINATOR = "type"
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """A field's type with `Annotated` and `| None` taken off: what is left is `core`."""
+
+    core: Any
+    constraints: tuple[Any, ...]
+    nullable: bool
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The values of a Literal; empty for another type."""
+        return get_args(self.core) if get_origin(self.core) is Literal else ()
+
+    @property
+    def element(self) -> ValueType | None:
+        """The element type of a `tuple[X, ...]`; None for another type."""
+        return value_type(get_args(self.core)[0]) if get_origin(self.core) is tuple else None
+
+    @property
+    def is_mapping(self) -> bool:
+        """True for `dict[str, Any]`, inside which every key is allowed."""
+        return self.core is dict or get_origin(self.core) is dict
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One dotted key. `union` is the key of the section whose `type` decides whether this key exists (None: always)."""
+
+    path: Path
+    field: FieldInfo
+    models: tuple[type[Section], ...]
+    union: Path | None = None
+    variant: str | None = None
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def is_section(self) -> bool:
+        return bool(self.models)
+
+    @property
+    def is_union(self) -> bool:
+        return self.field.discriminator is not None
+
+    @property
+    def type(self) -> ValueType:
+        return value_type(self.field.annotation, tuple(self.field.metadata))
+
+
+def value_type(annotation: Any, constraints: tuple[Any, ...] = ()) -> ValueType:
+    """Takes `Annotated` and `| None` off a type and collects the constraints on the way."""
+    if get_origin(annotation) is Annotated:
+        inner, *metadata = get_args(annotation)
+        flat = [item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else (entry,))]
+        return value_type(inner, (*constraints, *flat))
+    if get_origin(annotation) in (Union, UnionType):
+        members = [member for member in get_args(annotation) if member is not NoneType]
+        if len(members) == 1:
+            inner = value_type(members[0], constraints)
+            return ValueType(inner.core, inner.constraints, nullable=len(get_args(annotation)) > 1)
+    return ValueType(annotation, constraints, nullable=False)
+
+
+def section_models(field: FieldInfo) -> tuple[type[Section], ...]:
+    """The section class of a field, all of them for a union by `type`, none for a plain value."""
+    annotation = field.annotation
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return tuple(member for member in members if isinstance(member, type) and issubclass(member, Section))
+
+
+def variant_name(model: type[Section]) -> str:
+    """The value of `type` that selects this class of a union."""
+    name: str = get_args(model.model_fields[DISCRIMINATOR].annotation)[0]
+    return name
+
+
+def _walk(model: type[Section], prefix: Path, union: Path | None, variant: str | None) -> Iterator[Entry]:
+    for name, field in model.model_fields.items():
+        entry = Entry((*prefix, name), field, section_models(field), union, variant)
+        yield entry
+        for member in entry.models:
+            if entry.is_union:
+                yield from _walk(member, entry.path, entry.path, variant_name(member))
+            else:
+                yield from _walk(member, entry.path, union, variant)
+
+
+@cache
+def entries() -> dict[Path, tuple[Entry, ...]]:
+    """All keys of the schema, sections included; a key that several variants of a union have has an entry for each."""
+    table: dict[Path, tuple[Entry, ...]] = {}
+    for entry in _walk(RLHFConfig, (), None, None):
+        table[entry.path] = (*table.get(entry.path, ()), entry)
+    return table
+
+
+def find(path: Path, variant: str | None = None) -> Entry | None:
+    """The entry of a key, of this variant where it has one; None when the schema has no such key."""
+    candidates = entries().get(path, ())
+    return next((entry for entry in candidates if entry.variant == variant), candidates[0] if candidates else None)
+
+
+def inside_mapping(path: Path) -> bool:
+    """True when the key lies inside a `dict[str, Any]` field, where any name is allowed."""
+    parents = (find(path[:end]) for end in range(1, len(path)))
+    return any(parent is not None and parent.type.is_mapping for parent in parents)
+
+
+def leaf_keys() -> list[str]:
+    """The dotted keys of all plain values, in schema order."""
+    return [candidates[0].key for candidates in entries().values() if not candidates[0].is_section]
+
+
+def children(path: Path, variant: str | None = None) -> list[str]:
+    """The names directly below a section (of one variant, for a union), in schema order."""
+    names = []
+    for key, candidates in entries().items():
+        if key[:-1] == path and (variant is None or any(entry.variant == variant for entry in candidates)):
+            names.append(key[-1])
+    return names
+
+
+def variants_of(path: Path) -> tuple[str, ...]:
+    """The `type` names of a union section; empty for another key."""
+    entry = find(path)
+    return tuple(variant_name(model) for model in entry.models) if entry is not None and entry.is_union else ()
+
+
+def default_variant(path: Path) -> str:
+    """The `type` that a union section has when nothing sets it."""
+    entry = find(path)
+    assert entry is not None
+    return str(getattr(entry.field.default, DISCRIMINATOR))
+
+
+def describe(value: ValueType) -> str:
+    """What a field takes, in words: "a whole number, at least 1", "one of auto, cpu, cuda, or null"."""
+    if value.choices:
+        text = "one of " + ", ".join(str(choice) for choice in value.choices)
+    elif value.element is not None:
+        text = f"a list such as [a, b], each {describe(value.element)}"
+    elif value.is_mapping:
+        text = "a mapping such as {name: value}"
+    else:
+        text = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[value.core]
+    text += _describe_constraints(value)
+    return text + (", or null" if value.nullable else "")
+
+
+def _describe_constraints(value: ValueType) -> str:
+    def bounds(name: str) -> list[Any]:
+        found = (getattr(constraint, name, None) for constraint in value.constraints)
+        return [bound for bound in found if bound is not None]
+
+    parts = []
+    if bounds("ge"):
+        parts.append(f"at least {max(bounds('ge'))}")
+    if bounds("gt"):
+        parts.append(f"above {max(bounds('gt'))}")
+    if bounds("le"):
+        parts.append(f"at most {min(bounds('le'))}")
+    if bounds("lt"):
+        parts.append(f"below {min(bounds('lt'))}")
+    if bounds("min_length"):
+        parts.append("not empty")
+    if bounds("pattern"):
+        parts.append(f"of the form {bounds('pattern')[0]}")
+    return ", " + " and ".join(parts) if parts else ""
