@@ -1,0 +1,401 @@
+"""The row formats that people have, each turned into a record.
+
+Name and fields of a row; what a row gives:
+
+- `prompt_response`: `prompt`, `instruction` (+ `input`), `question` or `input`, with `response`, `completion`,
+  `output` or `answer`; a demonstration, or a prompt when no response field is there.
+- `messages`: `messages`, a list of `role` and `content`, or `conversations`, a list of `from` and `value`; a
+  demonstration, or a prompt when the last turn is the user's.
+- `preference`: `chosen`, `rejected`, and `prompt` unless they share it: texts, or lists of messages; a comparison.
+- `hh`: `chosen`, `rejected`: transcripts of "\\n\\nHuman: ...\\n\\nAssistant: ..."; a comparison.
+- `input_output`: `input_text` with `output_text` (a demonstration), with `candidate_0`, `candidate_1` and `choice`, the
+  index of the better one (a comparison), or alone (a prompt).
+- `contents`: `contents`, a list of `role` (user, model) and `parts` of `text`, and `systemInstruction`; as `messages`.
+- `text`: `text`; a demonstration with an empty prompt.
+
+A comparison also serves as the demonstration of its chosen response, and both serve as their prompt (`as_kind`).
+Texts are taken as they are: a response that should be separated from its prompt by white space starts with it. A
+conversation becomes messages and meets the model through its chat template. An HH transcript stays plain text, as in
+the literature on it: the prompt goes up to and includes the last "\\n\\nAssistant:", the response is the rest.
+
+A field that is null counts as absent. What does not fit raises `RowError`, whose text is the reason shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.data.readers import json_type
+from rlhf.errors import ConfigError
+from rlhf.records import Comparison, Demonstration, Message, Prompt, PromptContent, Record, RecordT, Role, prompt_key
+
+Fields = Mapping[str, Any]
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+ROLE_NAMES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+PROMPT_FIELDS = ("prompt", "instruction", "question", "input")
+RESPONSE_FIELDS = ("response", "completion", "output", "answer")
+
+
+class RowError(ValueError):
+    """A row that does not fit its format."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format is recognised and read.
+
+    `prompt_fields` are the fields that make up the prompt; a `Prompt` keeps the others as its columns.
+    """
+
+    describes: str
+    fits: Callable[[Fields], bool]
+    parse: Callable[[Fields], Record]
+    prompt_fields: tuple[str, ...]
+    gives: tuple[type[Record], ...]
+
+
+def detect_format(row: Fields) -> str:
+    """The name of the format that a row's keys fit. Raises `ConfigError` that lists the formats when none does."""
+    for name, known in FORMATS.items():
+        if known.fits(row):
+            return name
+    listed = "\n".join(f"  {name}: {known.describes}" for name, known in FORMATS.items())
+    keys = ", ".join(str(key) for key in row) or "none"
+    raise ConfigError(f"the first row fits no known format; its fields are: {keys}. Known formats:\n{listed}")
+
+
+def as_kind(record: Record, kind: type[RecordT], fields: Fields, prompt_fields: tuple[str, ...]) -> RecordT | None:
+    """The record as the wanted kind, or None when it holds less. `fields` is the row, for a prompt's columns."""
+    if kind is Prompt:
+        columns = {name: _plain(value) for name, value in fields.items() if name not in prompt_fields}
+        return kind(record.prompt, columns)
+    if isinstance(record, kind):
+        return record
+    if kind is Demonstration and isinstance(record, Comparison):
+        return kind(record.prompt, record.chosen)
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """A column value that JSON can write; anything else (dates, bytes of Parquet) as its text."""
+    return value if value is None or isinstance(value, str | int | float | bool | list | dict) else str(value)
+
+
+# --- one function for each format -------------------------------------------------------------------------------------
+
+
+def parse_prompt_response(row: Fields) -> Record:
+    """Prompt and response under any of their usual names; either may be a list of messages."""
+    name = _present(row, PROMPT_FIELDS)
+    prompt: PromptContent
+    if name is None:
+        raise RowError("field 'prompt' is missing (or 'instruction', 'question')")
+    prompt = messages_of(row[name], name) if isinstance(row[name], list) else _text(row, name)
+    if name == "instruction" and isinstance(prompt, str) and row.get("input"):
+        prompt = f"{prompt}\n\n{_text(row, 'input')}"
+    response_name = _present(row, RESPONSE_FIELDS)
+    if response_name is None:
+        return Prompt(_ending_with_user(prompt))
+    if isinstance(row[response_name], list):
+        answer = messages_of(row[response_name], response_name)
+        return Demonstration(*_last_turn((*_as_messages(prompt), *answer), response_name))
+    return Demonstration(prompt, _text(row, response_name))
+
+
+def parse_messages(row: Fields) -> Record:
+    """A conversation: everything up to the last assistant turn is the prompt."""
+    name = _present(row, ("messages", "conversations"))
+    if name is None:
+        raise RowError("field 'messages' is missing (or 'conversations')")
+    return _conversation_record(messages_of(row[name], name), name)
+
+
+def parse_preference(row: Fields) -> Record:
+    """TRL's preference rows: standard (texts) or conversational (messages), with the prompt or with a shared start."""
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise RowError(f"field '{name}' is missing")
+    if isinstance(row["chosen"], list) or isinstance(row["rejected"], list):
+        prompt, chosen, rejected = _conversational_pair(row)
+    elif row.get("prompt") is None:
+        prompt, chosen, rejected = split_shared_start(_text(row, "chosen"), _text(row, "rejected"))
+    else:
+        prompt = messages_of(row["prompt"], "prompt") if isinstance(row["prompt"], list) else _text(row, "prompt")
+        chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    return _comparison(prompt, chosen, rejected, row)
+
+
+def parse_hh(row: Fields) -> Record:
+    """An Anthropic HH transcript pair, kept as plain text."""
+    prompt, chosen = _split_transcript(_text(row, "chosen"), "chosen")
+    rejected_prompt, rejected = _split_transcript(_text(row, "rejected"), "rejected")
+    if prompt != rejected_prompt:
+        raise RowError("chosen and rejected differ before the last assistant turn")
+    return _comparison(prompt, chosen, rejected, row)
+
+
+def parse_input_output(row: Fields) -> Record:
+    """`input_text` with `output_text`, or with two candidates and the index of the better one."""
+    prompt = _text(row, "input_text")
+    if row.get("output_text") is not None:
+        return Demonstration(prompt, _text(row, "output_text"))
+    if row.get("candidate_0") is None and row.get("candidate_1") is None:
+        return Prompt(prompt)
+    candidates = _text(row, "candidate_0"), _text(row, "candidate_1")
+    if str(row.get("choice")) not in ("0", "1"):
+        raise RowError(f"field 'choice' is 0 or 1, found {row.get('choice')!r}")
+    choice = int(row["choice"])
+    return _comparison(prompt, candidates[choice], candidates[1 - choice], row)
+
+
+def parse_contents(row: Fields) -> Record:
+    """`systemInstruction` and `contents` with `parts`; the parts of one turn are joined by line breaks."""
+    if not isinstance(row.get("contents"), list):
+        raise RowError(f"field 'contents' is a list of turns, found {json_type(row.get('contents'))}")
+    messages = []
+    system = row.get("systemInstruction", row.get("system_instruction"))
+    if system is not None:
+        messages.append(Message("system", system if isinstance(system, str) else _parts(system, "systemInstruction")))
+    for turn in row["contents"]:
+        if not isinstance(turn, dict):
+            raise RowError(f"a turn of 'contents' is an object with role and parts, found {json_type(turn)}")
+        messages.append(Message(_role(turn.get("role", "user"), "contents"), _parts(turn, "contents")))
+    return _conversation_record(_without_empty_system(messages, "contents"), "contents")
+
+
+def parse_text(row: Fields) -> Record:
+    """The whole text is the response to an empty prompt."""
+    return Demonstration("", _text(row, "text"))
+
+
+def _has(*names: str) -> Callable[[Fields], bool]:
+    return lambda row: all(name in row for name in names)
+
+
+def _is_transcript_pair(row: Fields) -> bool:
+    texts = [row.get("chosen"), row.get("rejected")]
+    return row.get("prompt") is None and all(isinstance(text, str) and ASSISTANT in text for text in texts)
+
+
+_BOTH = (Demonstration, Prompt)
+_ALL = (Comparison, Demonstration, Prompt)
+# The order is that of detection: a format whose fields another also has comes first.
+FORMATS: dict[str, Format] = {
+    "hh": Format(
+        "chosen, rejected: transcripts of Human and Assistant",
+        _is_transcript_pair,
+        parse_hh,
+        ("chosen", "rejected"),
+        _ALL,
+    ),
+    "preference": Format(
+        "chosen, rejected and usually prompt: texts or lists of messages",
+        _has("chosen", "rejected"),
+        parse_preference,
+        ("prompt", "chosen", "rejected"),
+        _ALL,
+    ),
+    "contents": Format(
+        "contents with parts, systemInstruction",
+        _has("contents"),
+        parse_contents,
+        ("contents", "systemInstruction", "system_instruction"),
+        _BOTH,
+    ),
+    "messages": Format(
+        "messages (role, content) or conversations (from, value)",
+        lambda row: "messages" in row or "conversations" in row,
+        parse_messages,
+        ("messages", "conversations"),
+        _BOTH,
+    ),
+    "input_output": Format(
+        "input_text with output_text, or with candidate_0, candidate_1 and choice",
+        _has("input_text"),
+        parse_input_output,
+        ("input_text",),
+        _ALL,
+    ),
+    "prompt_response": Format(
+        "prompt, instruction (+ input), question or input; response, completion, output or answer",
+        lambda row: any(name in row for name in PROMPT_FIELDS[:-1]) or ("input" in row and "output" in row),
+        parse_prompt_response,
+        PROMPT_FIELDS,
+        _BOTH,
+    ),
+    "text": Format("text", _has("text"), parse_text, ("text",), (Demonstration,)),
+}
+
+
+# --- shared pieces ----------------------------------------------------------------------------------------------------
+
+
+def messages_of(value: Any, name: str) -> tuple[Message, ...]:
+    """A list of turns as messages. Turns are `role`/`content` or `from`/`value`; empty system turns are dropped."""
+    if not isinstance(value, list):
+        raise RowError(f"field '{name}' is a list of messages, found {json_type(value)}")
+    messages = []
+    for turn in value:
+        if not isinstance(turn, dict):
+            raise RowError(f"a message of '{name}' is an object with role and content, found {json_type(turn)}")
+        role = _role(turn["role"] if "role" in turn else turn.get("from"), name)
+        messages.append(Message(role, _content(turn["content"] if "content" in turn else turn.get("value"), name)))
+    return _without_empty_system(messages, name)
+
+
+def split_shared_start(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of two texts that begin alike.
+
+    The prompt is what they share, cut back to the last word boundary, so that no word is split and both responses
+    keep their leading white space. It is empty when they share no whole word.
+    """
+    # Both responses keep at least one character that is not white space.
+    low, high = 0, min(len(chosen.rstrip()), len(rejected.rstrip())) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if chosen[:middle] == rejected[:middle] else (low, middle - 1)
+    while low > 0 and not (chosen[low].isspace() and rejected[low].isspace()):
+        low -= 1
+    end = len(chosen[:low].rstrip())
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _present(row: Fields, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if row.get(name) is not None), None)
+
+
+def _text(row: Fields, name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        raise RowError(f"field '{name}' is missing")
+    if not isinstance(value, str):
+        raise RowError(f"field '{name}' is text, found {json_type(value)}")
+    if not value or value.isspace():
+        raise RowError(f"field '{name}' is empty")
+    return value
+
+
+def _role(value: Any, name: str) -> Role:
+    role = ROLE_NAMES.get(value.lower()) if isinstance(value, str) else None
+    if role is None:
+        raise RowError(f"'{name}' has a turn with role {value!r}; expected system, user or assistant")
+    return role
+
+
+def _content(value: Any, name: str) -> str:
+    """Text, or a list of parts of type text."""
+    if isinstance(value, list):
+        return _parts({"parts": value}, name)
+    if not isinstance(value, str):
+        raise RowError(f"a message of '{name}' has text as its content, found {json_type(value)}")
+    return value
+
+
+def _parts(turn: Any, name: str) -> str:
+    parts = turn.get("parts") if isinstance(turn, dict) else None
+    if not isinstance(parts, list):
+        raise RowError(f"a turn of '{name}' has a list of parts, found {json_type(parts)}")
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    kept = [text for text in texts if isinstance(text, str)]
+    if len(kept) != len(texts):
+        raise RowError(f"'{name}' has a part that is not text; only text is supported")
+    return "\n".join(kept)
+
+
+def _without_empty_system(messages: list[Message], name: str) -> tuple[Message, ...]:
+    kept = tuple(message for message in messages if message.role != "system" or message.content.strip())
+    if any(not message.content.strip() for message in kept):
+        raise RowError(f"'{name}' has an empty turn")
+    return kept
+
+
+def _as_messages(prompt: PromptContent) -> tuple[Message, ...]:
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def _ending_with_user(prompt: PromptContent) -> PromptContent:
+    if not isinstance(prompt, str) and (not prompt or prompt[-1].role != "user"):
+        raise RowError("a conversation to answer ends with a user turn")
+    return prompt
+
+
+def _conversation_record(messages: tuple[Message, ...], name: str) -> Record:
+    if not messages:
+        raise RowError(f"field '{name}' is empty")
+    if messages[-1].role == "assistant":
+        return Demonstration(*_last_turn(messages, name))
+    return Prompt(_ending_with_user(messages))
+
+
+def _last_turn(messages: tuple[Message, ...], name: str) -> tuple[tuple[Message, ...], str]:
+    """(turns before the last, text of the last), which is the assistant's and has a user's turn before it."""
+    if not messages or messages[-1].role != "assistant":
+        raise RowError(f"'{name}' does not end with an assistant turn")
+    if len(messages) < 2 or messages[-2].role != "user":
+        raise RowError(f"'{name}' has no user turn before the last assistant turn")
+    return messages[:-1], messages[-1].content
+
+
+def _conversational_pair(row: Fields) -> tuple[PromptContent, str, str]:
+    """A pair of lists of messages: whole conversations, or answers to the conversation in `prompt`."""
+    before: tuple[Message, ...] = ()
+    if row.get("prompt") is not None:
+        before = _as_messages(
+            messages_of(row["prompt"], "prompt") if isinstance(row["prompt"], list) else _text(row, "prompt")
+        )
+    sides = []
+    for name in ("chosen", "rejected"):
+        value = row[name]
+        turns = (Message("assistant", _text(row, name)),) if isinstance(value, str) else messages_of(value, name)
+        sides.append(_last_turn(_continued(before, turns, name), name))
+    (prompt, chosen), (rejected_prompt, rejected) = sides
+    if prompt != rejected_prompt:
+        raise RowError("chosen and rejected differ before the last assistant turn")
+    return prompt, chosen, rejected
+
+
+def _continued(before: tuple[Message, ...], turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+    """The whole conversation: `turns` when they repeat the prompt's turns, else the prompt's turns and then `turns`."""
+    if not any(turn.role == "user" for turn in turns):
+        return before + turns
+    keys = {prompt_key((turn,)) for turn in turns}
+    if any(prompt_key((turn,)) not in keys for turn in before):
+        raise RowError(f"'{name}' is a conversation that does not contain the turns of 'prompt'")
+    return turns
+
+
+def _split_transcript(text: str, name: str) -> tuple[str, str]:
+    start, marker, response = text.rpartition(ASSISTANT)
+    if not marker or HUMAN in response:
+        raise RowError(f"'{name}' does not end with an assistant turn ({ASSISTANT!r})")
+    if not response.strip():
+        raise RowError(f"'{name}' has an empty last turn")
+    return start + marker, response
+
+
+def _comparison(prompt: PromptContent, chosen: str, rejected: str, row: Fields) -> Comparison:
+    if chosen == rejected:
+        raise RowError("chosen and rejected are the same")
+    margin = row.get("margin")
+    if margin is None or margin == "":
+        return Comparison(prompt, chosen, rejected)
+    try:
+        number = float(margin)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError(f"field 'margin' is a number, found {margin!r}")
+    return Comparison(prompt, chosen, rejected, number)

@@ -1,0 +1,156 @@
+"""One function for each kind of record; the config's type decides where the records come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import assert_never
+
+from rlhf.config.data import DataConfig, EmbeddedData, FileData, HubData, LabelledTextData
+from rlhf.data import labelled_text
+from rlhf.data.files import check_files, hash_files, load_files
+from rlhf.data.folders import find_files
+from rlhf.data.hub import check_hub, hash_hub, load_hub
+from rlhf.data.splits import Splits
+from rlhf.errors import ConfigError
+from rlhf.records import Comparison, Demonstration, Prompt, PromptContent
+
+# Raised when the same files and config would give other records than before, so that finished stages run again.
+LOADER_VERSION = 1
+
+
+def load_prompts(config: DataConfig) -> Splits[Prompt]:
+    """Distinct prompts by split. Raises `ConfigError` when the data cannot give them, `DataError` for broken rows."""
+    match config:
+        case EmbeddedData():
+            from rlhf.data import embedded
+
+            made = embedded.prompts(config)
+            return Splits(list(made.train), list(made.validation), list(made.test))
+        case FileData():
+            return load_files(config, Prompt)
+        case HubData():
+            return load_hub(config, Prompt)
+        case LabelledTextData():
+            return labelled_text.load_prompts(config)
+        case _:
+            assert_never(config)
+
+
+def load_demonstrations(config: DataConfig) -> Splits[Demonstration]:
+    """Demonstrations by split; those of comparisons are the chosen responses. Errors as in `load_prompts`."""
+    match config:
+        case EmbeddedData():
+            from rlhf.data import embedded
+
+            made = embedded.demonstrations(config)
+            return Splits(list(made.train), list(made.validation), list(made.test))
+        case FileData():
+            return load_files(config, Demonstration)
+        case HubData():
+            return load_hub(config, Demonstration)
+        case LabelledTextData():
+            return labelled_text.load_demonstrations(config)
+        case _:
+            assert_never(config)
+
+
+def load_comparisons(config: DataConfig) -> Splits[Comparison]:
+    """The data's own comparisons by split. Errors as in `load_prompts`."""
+    match config:
+        case EmbeddedData():
+            raise ConfigError(
+                "data.type=embedded gives prompts and demonstrations; its comparisons come from the collect stage. Put "
+                "collect in stages, or name a folder of comparisons with reward_model.comparisons"
+            )
+        case FileData():
+            return load_files(config, Comparison)
+        case HubData():
+            return load_hub(config, Comparison)
+        case LabelledTextData():
+            return labelled_text.load_comparisons(config)
+        case _:
+            assert_never(config)
+
+
+def gives_comparisons(config: DataConfig) -> bool:
+    """Whether the source may hold comparisons of its own; for files and hub only reading the rows can tell."""
+    return not isinstance(config, EmbeddedData)
+
+
+def data_hash(config: DataConfig) -> str:
+    """What identifies the data in a fingerprint: the config without its path, and the content.
+
+    The content is the bytes of the files; for the embedded corpus the version of its generator; for the hub the id,
+    configuration and revision, so a branch that moves is not noticed: give a commit as data.revision.
+    """
+    match config:
+        case EmbeddedData():
+            from rlhf.data import embedded
+
+            content = f"embedded {embedded.CORPUS_VERSION}"
+        case HubData():
+            content = hash_hub(config)
+        case FileData() | LabelledTextData():
+            content = hash_files(config.path)
+        case _:
+            assert_never(config)
+    settings = config.model_dump(mode="json", exclude={"path"})
+    body = json.dumps([LOADER_VERSION, settings, content], sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def training_texts(config: DataConfig) -> Iterator[str]:
+    """The training split as strings of prompt and response, in a fixed order: what a new tokenizer is trained on.
+
+    Data with comparisons gives both responses; data with prompts only gives the prompts. A conversation is its turns,
+    separated by blank lines.
+    """
+    if isinstance(config, LabelledTextData):
+        yield from labelled_text.training_strings(config)
+        return
+    if isinstance(config, EmbeddedData):
+        yield from (_joined(entry.prompt, entry.response) for entry in load_demonstrations(config).train)
+        yield from (_joined(prompt.prompt, "") for prompt in load_prompts(config).train)
+        return
+    try:
+        pairs = load_comparisons(config).train
+    except ConfigError:
+        pairs = []
+    for pair in pairs:
+        yield _joined(pair.prompt, pair.chosen)
+        yield _joined(pair.prompt, pair.rejected)
+    if pairs:
+        return
+    try:
+        demonstrations = load_demonstrations(config).train
+    except ConfigError:
+        yield from (_joined(prompt.prompt, "") for prompt in load_prompts(config).train)
+        return
+    yield from (_joined(entry.prompt, entry.response) for entry in demonstrations)
+
+
+def _joined(prompt: PromptContent, response: str) -> str:
+    if isinstance(prompt, str):
+        return prompt + response
+    turns = [message.content for message in prompt]
+    return "\n\n".join([*turns, response] if response else turns)
+
+
+def preflight(config: DataConfig) -> None:
+    """Checks in milliseconds that the data is there and looks usable, before anything slow starts.
+
+    Raises `ConfigError` or `DataError`. What only reading all rows can show is found when a stage loads the data.
+    """
+    match config:
+        case EmbeddedData():
+            return
+        case FileData():
+            check_files(config)
+        case LabelledTextData():
+            find_files(config.path)
+        case HubData():
+            check_hub(config)
+        case _:
+            assert_never(config)
