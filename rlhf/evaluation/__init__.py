@@ -1,0 +1,1 @@
+"""Evaluation: statistics with intervals, and judges who score responses."""

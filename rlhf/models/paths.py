@@ -1,0 +1,108 @@
+"""Checks of model paths that need no torch: does the folder hold a model, and with what is it to be mended."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+
+from rlhf.errors import ArtifactError, ConfigError
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model.bin.index.json")
+# A tokenizer is one file, or a pair of files; each line is one way to have one.
+_TOKENIZERS = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("spiece.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+)
+_SAVE_TOKENIZER = 'AutoTokenizer.from_pretrained("the model it belongs to").save_pretrained("{folder}")'
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` can only be meant as a folder: a hub id is `name` or `owner/name` and nothing else."""
+    return (
+        path.startswith(("/", ".", "~"))
+        or path.endswith("/")
+        or "\\" in path
+        or path.count("/") > 1
+        or Path(path).exists()
+    )
+
+
+def check_model_path(path: str, key: str) -> None:
+    """Checks that a local `path` is a model folder in Hugging Face format with its tokenizer.
+
+    A hub id passes unchecked: only the hub knows it. `key` is the config key that named the path, for the message.
+    Raises `ConfigError` when nothing is there, `ArtifactError` when the folder lacks a part or its config is broken.
+    """
+    if not path.strip():
+        raise ConfigError(f"{key} is empty; give a local folder or a hub id, or leave it null")
+    if not is_local(path):
+        return
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise ConfigError(_missing_folder_message(folder, key))
+    if not folder.is_dir():
+        raise ConfigError(f"{key}: {folder.absolute()} is a file; expected a model folder in Hugging Face format")
+    _check_config(folder, key)
+    _check_weights(folder, key)
+    if not has_tokenizer(folder):
+        raise ArtifactError(
+            f"{key}: {folder.absolute()} has no tokenizer (expected tokenizer.json, tokenizer.model, or vocab.json "
+            f"with merges.txt). Add it with {_SAVE_TOKENIZER.format(folder=folder)}"
+        )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds the files of a tokenizer."""
+    return any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS)
+
+
+def _missing_folder_message(folder: Path, key: str) -> str:
+    message = f"{key}: there is no model folder {folder.absolute()}"
+    parent = folder.absolute().parent
+    if not parent.is_dir():
+        return f"{message}, nor its parent folder. Check the spelling; a hub id has the form owner/name"
+    names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
+    near = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.5)
+    if near:
+        return f"{message}. Did you mean {' or '.join(str(parent / name) for name in near)}?"
+    return f"{message}. Check the spelling; a hub id has the form owner/name"
+
+
+def _check_config(folder: Path, key: str) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ArtifactError(
+                f"{key}: {folder.absolute()} holds a LoRA adapter, which is not a whole model. Merge it into its base "
+                "first: AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder)"
+            )
+        raise ArtifactError(
+            f"{key}: {folder.absolute()} is not a model folder: it has no config.json. "
+            "Expected a folder that save_pretrained of transformers wrote"
+        )
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{key}: {config.absolute()} is not valid JSON ({error}); save the model again") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise ArtifactError(f"{key}: {config.absolute()} does not name a model_type; save the model again")
+
+
+def _check_weights(folder: Path, key: str) -> None:
+    if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
+        raise ArtifactError(
+            f"{key}: {folder.absolute()} has no weights (expected *.safetensors or pytorch_model.bin). "
+            f"If the model is still being written, wait for it; else save it again with save_pretrained"
+        )
+    for index in folder.glob("*.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ArtifactError(f"{key}: {index.absolute()} is not a valid index of weights; save again") from error
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise ArtifactError(f"{key}: {folder.absolute()} lacks weight files: {', '.join(missing)}; copy it again")

@@ -1,0 +1,217 @@
+"""Models that give every token a number: reward models and critics, as sequence classifiers with one label."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rlhf.errors import ArtifactError
+from rlhf.models.loading import (
+    PAD_TOKENS,
+    attention_arguments,
+    check_no_missing_weights,
+    hub_arguments,
+    load_config,
+    load_errors,
+    num_embeddings,
+    own_memory,
+    quiet,
+)
+from rlhf.models.saving import save_model
+from rlhf.ops import sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf.config.model import ModelConfig
+
+
+class ScalarModel(nn.Module):
+    """The backbone and linear head of an `AutoModelForSequenceClassification` with one label, read at every token.
+
+    `model` is the transformers model itself; state-dict keys are its own behind `model.`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        head = getattr(model, "score", None)
+        if not isinstance(head, nn.Linear) or head.out_features != 1:
+            raise ArtifactError(
+                f"{type(model).__name__} has no linear head `score` with one output, so it cannot score single tokens"
+            )
+        self.model = model
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The transformer below the head."""
+        backbone: nn.Module = getattr(self.model, self.model.base_model_prefix)
+        return backbone
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear map from hidden states to one number."""
+        return cast(nn.Linear, self.model.score)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Values (B, T) float32 of the text up to and including each token; finite, without meaning, at padding.
+
+        input_ids (B, T) int64; attention_mask (B, T) bool, True = a real token, wherever the padding sits;
+        position_ids (B, T) count real tokens when not given.
+        """
+        if attention_mask.dtype != torch.bool:
+            raise ValueError(f"attention_mask must be bool, not {attention_mask.dtype}")
+        if position_ids is None:
+            position_ids = sequences.position_ids(attention_mask)
+        output = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+        values: Tensor = self.head(output.last_hidden_state.to(self.head.weight.dtype))
+        return values.squeeze(-1).float()
+
+    @classmethod
+    def from_policy(
+        cls,
+        source: str | Path | PreTrainedModel,
+        *,
+        seed: int,
+        zero_head: bool = False,
+        config: ModelConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        key: str = "model.path",
+    ) -> Self:
+        """The backbone of a causal language model under a new head: zeros, or normal with std 1/sqrt(d + 1).
+
+        The standard deviation is that of Huang et al. 2024, "The N implementation details of RLHF with PPO". The head
+        follows from `seed` alone and the global random state is left as it was.
+        """
+        with torch.random.fork_rng():
+            if isinstance(source, PreTrainedModel):
+                model = _from_model(source, dtype)
+            else:
+                model, missing = _from_pretrained(str(source), config, dtype, key)
+                check_no_missing_weights([name for name in missing if name != "score.weight"], str(source), key)
+        scalar = cls(model)
+        scalar.reset_head(seed=seed, zero=zero_head)
+        scalar.eval()
+        return scalar
+
+    def reset_head(self, *, seed: int, zero: bool) -> None:
+        """Gives the head new weights: zeros, or normal numbers that follow from `seed` alone."""
+        generator = torch.Generator().manual_seed(seed)
+        size = self.head.in_features
+        weight = torch.randn(1, size, generator=generator) / (size + 1) ** 0.5
+        with torch.no_grad():
+            self.head.weight.copy_(torch.zeros_like(weight) if zero else weight)
+            if self.head.bias is not None:
+                self.head.bias.zero_()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        config: ModelConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        key: str = "ppo.reward_model",
+    ) -> Self:
+        """A saved scalar model. Raises `ArtifactError` when the folder holds no head, or one with several labels."""
+        path = str(path)
+        model_config = load_config(path, config, key)
+        architecture = (model_config.architectures or ["unknown"])[0]
+        if not architecture.endswith("ForSequenceClassification"):
+            raise ArtifactError(
+                f"{key}: {path} holds a {architecture}, not a reward model. Expected a …ForSequenceClassification "
+                "with one label, as the reward-model stage writes it"
+            )
+        if model_config.num_labels != 1:
+            raise ArtifactError(
+                f"{key}: {path} is a classifier with {model_config.num_labels} labels; a reward model has one"
+            )
+        model, missing = _from_pretrained(path, config, dtype, key)
+        check_no_missing_weights(missing, path, key)
+        scalar = cls(model)
+        scalar.eval()
+        return scalar
+
+    def save(
+        self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Writes a folder that plain `AutoModelForSequenceClassification` loads with the same scores.
+
+        `state_dict` has the keys of `self.model` and replaces its weights where those are sharded. Raises `ValueError`
+        when the pad token does not fit, because transformers finds a row's last token by it.
+        """
+        pad = tokenizer.pad_token_id
+        if pad is None or pad == tokenizer.eos_token_id or pad != self.model.config.pad_token_id:
+            raise ValueError("a scalar model needs a pad token of its own; take the tokenizer of ensure_distinct_pad")
+        save_model(self.model, tokenizer, Path(folder), state_dict)
+
+
+def _from_pretrained(
+    path: str, config: ModelConfig | None, dtype: torch.dtype, key: str
+) -> tuple[PreTrainedModel, set[str]]:
+    model_config = load_config(path, config, key)
+    arguments: dict[str, Any] = hub_arguments(path, config) | attention_arguments(config, model_config)
+    with load_errors(path, key), quiet():
+        result: Any = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=dtype, output_loading_info=True, **arguments
+        )
+    own_memory(result[0])
+    return result[0], set(result[1]["missing_keys"])
+
+
+def _from_model(policy: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+        config, dtype=dtype, attn_implementation=policy.config._attn_implementation
+    )
+    backbone = getattr(policy, policy.base_model_prefix)
+    getattr(model, model.base_model_prefix).load_state_dict(backbone.state_dict())
+    nn.Module.to(model, policy.device)
+    return model
+
+
+def sequence_scores(values: Tensor, mask: Tensor) -> Tensor:
+    """The value (B,) at the last True of each row of the mask. values (B, T); mask (B, T) bool.
+
+    Raises `ValueError` when the mask is not bool, has another shape, or has a row without a True.
+    """
+    if mask.dtype != torch.bool or mask.shape != values.shape:
+        raise ValueError(f"expected a bool mask of shape {tuple(values.shape)}, not {mask.dtype} {tuple(mask.shape)}")
+    if not bool(mask.any(dim=-1).all()):
+        raise ValueError("a row of the mask has no real token, so it has no score")
+    return sequences.gather_last(values, mask)
+
+
+def ensure_distinct_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer whose pad token never stands in a text; the model's config then names it.
+
+    A reserved token of the vocabulary is taken where there is one, else `<|pad|>` is added. The embeddings grow only
+    when the new id does not fit; the new row is the mean of the others.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    eos = model.config.eos_token_id
+    used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    used |= set(eos) if isinstance(eos, list) else {eos}
+    vocabulary = tokenizer.get_vocab()
+    candidates = [token for token in (tokenizer.pad_token, *PAD_TOKENS) if token is not None]
+    reserved = [token for token in candidates if token in vocabulary and vocabulary[token] not in used]
+    if reserved:
+        tokenizer.pad_token = reserved[0]
+    else:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKENS[0]})
+    pad = tokenizer.pad_token_id
+    rows = num_embeddings(model)
+    if pad >= rows:
+        with torch.random.fork_rng(), quiet():
+            model.resize_token_embeddings(pad + 1, mean_resizing=False)
+        weight = cast(nn.Embedding, model.get_input_embeddings()).weight
+        with torch.no_grad():
+            weight[rows:] = weight[:rows].mean(dim=0)
+    model.config.pad_token_id = pad
+    return tokenizer

@@ -1,0 +1,137 @@
+"""Small models made from scratch: random weights of a known architecture, a BPE tokenizer trained on given texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from rlhf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlhf.config.model import ScratchConfig
+
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] + ':\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_positions: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (Sennrich et al. 2016) whose texts begin with BOS and carry no EOS.
+
+    Equal texts give equal tokenizers. The vocabulary is smaller than `vocab_size` when the texts offer fewer merges.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    bos = (BOS, tokenizer.token_to_id(BOS))
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos]),
+        ]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=max_positions,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def build_from_scratch(
+    config: ScratchConfig, texts: Iterable[str], seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A randomly initialised model in float32 and its tokenizer; both follow from the arguments alone.
+
+    The global random state is neither read nor changed. Raises `ConfigError` when the sizes do not fit each other.
+    """
+    if config.hidden_size % config.num_heads:
+        raise ConfigError(
+            f"model.scratch.hidden_size ({config.hidden_size}) must be a multiple of model.scratch.num_heads "
+            f"({config.num_heads})"
+        )
+    if config.architecture != "gpt2" and (config.hidden_size // config.num_heads) % 2:
+        raise ConfigError(
+            f"model.scratch.hidden_size / num_heads ({config.hidden_size // config.num_heads}) must be even for "
+            f"{config.architecture}: rotary positions turn pairs of dimensions"
+        )
+    tokenizer = train_tokenizer(texts, config.vocab_size, config.max_positions)
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model_config = AutoConfig.for_model(
+        config.architecture, vocab_size=config.vocab_size, **special, **_architecture_fields(config)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    model.generation_config = GenerationConfig(do_sample=True, **special)
+    return model.eval(), tokenizer
+
+
+def _architecture_fields(config: ScratchConfig) -> dict[str, Any]:
+    """Sizes under the names of each architecture; no dropout, windows as long as the longest sequence."""
+    head_size = config.hidden_size // config.num_heads
+    if config.architecture == "gpt2":
+        return {
+            "n_embd": config.hidden_size,
+            "n_layer": config.num_layers,
+            "n_head": config.num_heads,
+            "n_positions": config.max_positions,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
+    fields: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_positions,
+    }
+    if config.architecture == "gpt_neox":
+        # Pythia turns a quarter of each head; a small head keeps at least one pair of dimensions.
+        share = 0.25 if head_size % 8 == 0 else 1.0
+        return fields | {
+            "intermediate_size": 4 * config.hidden_size,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "classifier_dropout": 0.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share},
+        }
+    # The gated MLP has three matrices: 8/3 of the width gives the parameters of a plain one, rounded up to 16.
+    fields["intermediate_size"] = -(-8 * config.hidden_size // 3 // 16) * 16
+    fields["num_key_value_heads"] = config.num_heads
+    fields["head_dim"] = head_size
+    if config.architecture == "llama":
+        return fields
+    if config.num_heads % 2 == 0:
+        fields["num_key_value_heads"] = config.num_heads // 2
+    if config.architecture == "mistral":
+        fields["sliding_window"] = None
+    if config.architecture == "gemma2":
+        fields["sliding_window"] = config.max_positions
+        fields["query_pre_attn_scalar"] = head_size
+    return fields

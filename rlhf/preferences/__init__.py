@@ -1,0 +1,1 @@
+"""Preferences: who compares two responses, and how."""

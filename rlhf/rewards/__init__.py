@@ -1,0 +1,1 @@
+"""Rewards: what turns a prompt and a response into a score."""

@@ -1,0 +1,107 @@
+"""The learned reward: a reward model's score at the last response token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf.data.tokenization import encode_pair
+from rlhf.models.loading import disable_dropout, load_tokenizer
+from rlhf.models.scalar import ScalarModel, sequence_scores
+from rlhf.ops.sequences import position_ids, right_pad
+from rlhf.records import PromptContent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf.config.model import ModelConfig
+
+STATISTICS_FILE = "rlhf_reward.json"
+
+
+@dataclass(frozen=True)
+class ScoreStatistics:
+    """Mean and standard deviation of a reward model's scores on held-out responses, to shift and scale by."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    @classmethod
+    def read(cls, folder: str) -> ScoreStatistics | None:
+        """What stage reward_model wrote beside the weights; None for a model that came from elsewhere."""
+        path = Path(folder) / STATISTICS_FILE
+        if not path.is_file():
+            return None
+        body = json.loads(path.read_text(encoding="utf-8"))
+        return cls(mean=body["score_mean"], std=body["score_std"])
+
+
+@dataclass(frozen=True)
+class LearnedReward:
+    """A frozen reward model with its tokenizer.
+
+    `same_tokens` tells whether a token id means the same in the policy's tokenizer, so that responses can be scored as
+    they were sampled. Otherwise the text is tokenised again.
+    """
+
+    model: ScalarModel
+    tokenizer: PreTrainedTokenizerBase
+    statistics: ScoreStatistics | None
+    device: torch.device
+    same_tokens: bool
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        policy_tokenizer: PreTrainedTokenizerBase,
+    ) -> LearnedReward:
+        """Loads a reward model folder (or hub id) for scoring a policy's responses."""
+        model = ScalarModel.load(path, config, dtype=dtype).to(device).eval()
+        model.requires_grad_(False)
+        disable_dropout(model)
+        tokenizer = load_tokenizer(path, config)
+        return cls(model, tokenizer, ScoreStatistics.read(path), device, same_token_ids(policy_tokenizer, tokenizer))
+
+    @torch.inference_mode()
+    def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Raw scores (B,) of token sequences (B, T), read at the last real token: the mask decides, not the ids."""
+        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
+        # What stands in a masked slot is the policy's padding, which need not be an id of this model.
+        input_ids = torch.where(attention_mask, input_ids, torch.zeros_like(input_ids))
+        values = self.model(input_ids, attention_mask, position_ids(attention_mask))
+        return sequence_scores(values, attention_mask)
+
+    def score_texts(
+        self, prompts: Sequence[PromptContent], responses: Sequence[str], *, batch_size: int
+    ) -> list[float]:
+        """Raw scores of responses as text: tokenised by this model's tokenizer and ended with EOS."""
+        scores: list[float] = []
+        pad_id = int(self.tokenizer.pad_token_id)
+        for start in range(0, len(prompts), batch_size):
+            rows = []
+            for prompt, response in zip(
+                prompts[start : start + batch_size], responses[start : start + batch_size], strict=True
+            ):
+                pair = encode_pair(self.tokenizer, prompt, response)
+                rows.append(pair.prompt_ids + pair.response_ids)
+            scores += self.score_tokens(*right_pad(rows, pad_id=pad_id)).tolist()
+        return scores
+
+
+def same_token_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """True when every token of `first` has the same id in `second`; `second` may add tokens (a padding token, say)."""
+    other = second.get_vocab()
+    return first.eos_token_id == second.eos_token_id and all(
+        other.get(token) == index for token, index in first.get_vocab().items()
+    )
