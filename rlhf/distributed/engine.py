@@ -1,0 +1,355 @@
+"""Optimises one module on any number of ranks, plainly or sharded by ZeRO, with the same numbers. For our own loops.
+
+Stage 0 uses Accelerate for device and precision and adds gradients up itself, without the DDP wrapper: one summed
+all-reduce in `step` is exact for any number of micro-batches, needs no averaging to be undone, and cannot hang when
+ranks run forward passes of their own in between. Stages 1 to 3 go through Accelerate's DeepSpeed plugin.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rlhf.config.zero import ZeroConfig
+from rlhf.distributed.checkpoints import CheckpointShape, commit, disk_errors, partial_folder, verify
+from rlhf.distributed.runtime import Runtime, reset_library_state
+from rlhf.distributed.zero import deepspeed_json
+from rlhf.errors import ArtifactError, DiskFullError, UserError
+
+_DEEPSPEED_TAG = "zero"
+_ALL_REDUCE_ELEMENTS = 50_000_000
+
+
+@dataclass
+class TrainingEngine:
+    """A module, its optimiser and its schedule, ready to train.
+
+    `module` is what training forwards call; `unwrapped` is the caller's own module. In each optimiser step every rank
+    calls `backward` exactly `accumulation_steps` times and then `step` once.
+    """
+
+    module: nn.Module
+    unwrapped: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    runtime: Runtime
+    zero_stage: int
+    accumulation_steps: int
+    max_grad_norm: float
+    _accelerator: Any
+    _micro_batches: int = field(default=0, init=False)
+
+    @classmethod
+    def prepare(
+        cls,
+        module: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        *,
+        runtime: Runtime,
+        zero: ZeroConfig,
+        micro_batch_size: int,
+        accumulation_steps: int,
+        max_grad_norm: float,
+    ) -> TrainingEngine:
+        """Places `module` on the device, shards as `zero` says, and makes rank 0's weights everybody's.
+
+        `module` comes in float32 and `optimizer` holds its parameters. `scheduler` advances once an optimiser step. One
+        engine at a time: several models that are trained together are put into one module.
+        """
+        reset_library_state()
+        from accelerate import Accelerator
+        from accelerate.state import PartialState
+
+        # DeepSpeed on CPU works only when Accelerate learns of the ranks before it learns of DeepSpeed.
+        PartialState(cpu=runtime.device.type == "cpu")
+        module.to(runtime.device)
+        _broadcast_weights(module, runtime)
+        config = deepspeed_json(
+            zero,
+            precision=runtime.precision,
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=accumulation_steps,
+            max_grad_norm=max_grad_norm,
+            device_type="cuda" if runtime.device.type == "cuda" else "cpu",
+        )
+        if config is None:
+            accelerator = Accelerator(mixed_precision="bf16" if runtime.precision == "bf16" else "no")
+            wrapped = accelerator.prepare_model(module, evaluation_mode=True)  # precision and device, without DDP
+        else:
+            from accelerate.utils import DeepSpeedPlugin
+
+            plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+            accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation_steps)
+            wrapped, _ = accelerator.prepare(module, optimizer)
+            # Else every model that is loaded from now on would be sharded too, the frozen ones included.
+            plugin.dschf = None
+        if accelerator.num_processes != runtime.world_size:
+            raise RuntimeError(
+                f"Accelerate sees {accelerator.num_processes} processes, the run has {runtime.world_size}: "
+                "each rank would train a copy of its own"
+            )
+        return cls(
+            module=wrapped,
+            unwrapped=module,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            runtime=runtime,
+            zero_stage=zero.stage,
+            accumulation_steps=accumulation_steps,
+            max_grad_norm=max_grad_norm,
+            _accelerator=accelerator,
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision training forwards run in, for calling parts of `unwrapped` by themselves.
+
+        bf16 at stage 0 keeps float32 weights and needs it; under ZeRO the weights themselves are bfloat16.
+        """
+        if self.zero_stage == 0 and self.runtime.precision == "bf16":
+            return torch.autocast(self.runtime.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds one micro-batch's gradient.
+
+        `loss` is a scalar, already divided by whatever the whole optimiser step counts over all ranks. Neither ranks nor
+        micro-batches are averaged: the gradient of a step is d(sum of all losses passed, over ranks and micro-batches).
+        """
+        if self._micro_batches == self.accumulation_steps:
+            raise RuntimeError(f"step() is due: {self.accumulation_steps} micro-batches were passed to backward()")
+        self._micro_batches += 1
+        if self.zero_stage == 0:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        # DeepSpeed averages over the ranks; the division by the accumulation steps is switched off.
+        self.module.backward(loss * self.runtime.world_size, scale_wrt_gas=False)
+        if self._micro_batches < self.accumulation_steps:
+            self.module.step()  # only counts the micro-batch
+
+    def step(self) -> float:
+        """Clips, updates, advances the schedule, clears the gradients.
+
+        Returns the global gradient norm before clipping, equal on all ranks.
+        """
+        if self._micro_batches != self.accumulation_steps:
+            raise RuntimeError(
+                f"step() after {self._micro_batches} micro-batches, but accumulation_steps is {self.accumulation_steps}"
+            )
+        self._micro_batches = 0
+        if self.zero_stage == 0:
+            self._sum_gradients()
+            norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.module.step()
+            norm = self.module.get_global_grad_norm()
+        self.scheduler.step()
+        return float(norm)
+
+    def _sum_gradients(self) -> None:
+        """Replaces every gradient by its sum over the ranks.
+
+        A parameter that no rank used keeps no gradient, so the optimiser passes over it as it does on one rank.
+        """
+        if self.runtime.world_size == 1:
+            return
+        parameters = [parameter for parameter in self.unwrapped.parameters() if parameter.requires_grad]
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.runtime.device)
+        counts = self.runtime.sum_over_ranks(used.int()).tolist()
+        gradients = []
+        for parameter, count in zip(parameters, counts, strict=True):
+            if count:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            torch.distributed.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """Yields `unwrapped` with whole weights, to be called any number of times, also unequally often on the ranks.
+
+        For generation, scoring and saving, not for training. ZeRO-3 gathers once on entering and drops the copies on
+        leaving, so the whole module must fit; all ranks enter and leave together.
+        """
+        with self.autocast():
+            if self.zero_stage < 3:
+                yield self.unwrapped
+                return
+            import deepspeed
+            from trl.models.utils import add_hooks, remove_hooks
+
+            with deepspeed.zero.GatheredParameters(list(self.unwrapped.parameters())):
+                remove_hooks(self.module)  # they would drop a layer's weights after its first forward pass
+                try:
+                    yield self.unwrapped
+                finally:
+                    add_hooks(self.module)
+
+    def state_dict_for_saving(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """On rank 0 the whole weights on the CPU, without `prefix` and only those that have it; on the others nothing.
+
+        float32, except bfloat16 under ZeRO with bf16. Every rank must call it. Weights that share memory still do.
+        """
+        state: Mapping[str, torch.Tensor] | None
+        if self.zero_stage == 3:
+            state = self._accelerator.get_state_dict(self.module)
+        else:
+            state = self.unwrapped.state_dict() if self.runtime.is_main else {}
+        if not self.runtime.is_main or state is None:
+            return {}
+        copies: dict[tuple[Any, ...], torch.Tensor] = {}
+        result = {}
+        for name, value in state.items():
+            if name.startswith(prefix):
+                key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+                result[name.removeprefix(prefix)] = copies.setdefault(key, value.detach().to("cpu", copy=True))
+        return result
+
+    def save_checkpoint(self, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Writes everything a bit-identical continuation needs: weights, optimiser, schedule, every rank's generators.
+
+        `extra` is this rank's own state, of tensors and plain Python values. The folder appears under its name only
+        when it is whole. Every rank must call it, between optimiser steps. Raises `DiskFullError`.
+        """
+        if self._micro_batches:
+            raise RuntimeError("a checkpoint is written between optimiser steps, not within one")
+        partial = partial_folder(folder)
+        if self.runtime.is_main:
+            with disk_errors(folder):
+                _make_empty(partial)
+        self.runtime.barrier()
+        try:
+            with disk_errors(folder):
+                self._write_checkpoint(partial, extra or {})
+                self.runtime.barrier()
+                if self.runtime.is_main:
+                    commit(folder, self._shape)
+        except DiskFullError:
+            shutil.rmtree(partial, ignore_errors=True)  # the other ranks, waiting for this one, end with it
+            raise
+        self.runtime.barrier()
+
+    def _write_checkpoint(self, partial: Path, extra: Mapping[str, Any]) -> None:
+        """This rank's files."""
+        if self.zero_stage > 0:
+            self.module.save_checkpoint(str(partial), tag=_DEEPSPEED_TAG, save_latest=False)
+        elif self.runtime.is_main:
+            state = {"module": self.unwrapped.state_dict(), "optimizer": self.optimizer.state_dict()}
+            torch.save(state, partial / "training.pt")
+        rank_state = {
+            "scheduler": self.scheduler.state_dict(),
+            "generators": _generator_states(self.runtime.device),
+            "extra": dict(extra),
+        }
+        torch.save(rank_state, partial / f"rank{self.runtime.rank}.pt")
+
+    def load_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """Restores what `save_checkpoint` wrote and returns this rank's `extra`. Every rank must call it.
+
+        Raises `ArtifactError`, on all ranks, when the folder is not whole or another number of ranks, ZeRO stage or
+        precision wrote it.
+        """
+        trouble = self.runtime.broadcast_object(self._why_not_loadable(folder) if self.runtime.is_main else None)
+        if trouble is not None:
+            raise ArtifactError(trouble)
+        if self.zero_stage > 0:
+            path, _ = self.module.load_checkpoint(
+                str(folder), tag=_DEEPSPEED_TAG, load_lr_scheduler_states=False, load_optimizer_states=True
+            )
+            if path is None:
+                raise ArtifactError(f"DeepSpeed found no state in {folder}. Remove the folder and run again.")
+        else:
+            saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+            self.unwrapped.load_state_dict(saved["module"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        rank_state = torch.load(folder / f"rank{self.runtime.rank}.pt", map_location="cpu", weights_only=True)
+        self.scheduler.load_state_dict(rank_state["scheduler"])
+        _set_generator_states(rank_state["generators"], self.runtime.device)
+        self._micro_batches = 0
+        extra: dict[str, Any] = rank_state["extra"]
+        return extra
+
+    @property
+    def _shape(self) -> CheckpointShape:
+        return CheckpointShape(self.runtime.world_size, self.zero_stage, self.runtime.precision)
+
+    def _why_not_loadable(self, folder: Path) -> str | None:
+        try:
+            written = verify(folder)
+        except UserError as error:
+            return str(error)
+        if written == self._shape:
+            return None
+        return (
+            f"{folder} was written by {written.describe()}; this run is {self._shape.describe()}. A checkpoint continues "
+            "only as it was written: set distributed.num_processes, zero and distributed.precision back, or start "
+            "anew in another run folder."
+        )
+
+
+def _broadcast_weights(module: nn.Module, runtime: Runtime) -> None:
+    """Overwrites parameters and buffers with rank 0's."""
+    if runtime.world_size > 1:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            torch.distributed.broadcast(tensor.data, src=0)
+
+
+def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Consecutive tensors of one dtype, together at most `_ALL_REDUCE_ELEMENTS` elements unless one alone is larger."""
+    bucket: list[torch.Tensor] = []
+    elements = 0
+    for tensor in tensors:
+        if bucket and (elements + tensor.numel() > _ALL_REDUCE_ELEMENTS or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(tensor)
+        elements += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _generator_states(device: torch.device) -> dict[str, Any]:
+    """The global random number generators, as plain values that `torch.load(weights_only=True)` reads."""
+    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    states: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generator_states(states: Mapping[str, Any], device: torch.device) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
