@@ -1,0 +1,110 @@
+"""The `rlhf` command: it wires the parts together, and nothing imports it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import rlhf
+from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, EXIT_USAGE, ConfigError, UserError
+from rlhf.worker import explain
+
+# Verbs that run one stage: `rlhf reward-model ...` is `rlhf run ... stages=[reward_model]`.
+STAGE_VERBS = {
+    "sft": "sft",
+    "collect": "collect",
+    "reward-model": "reward_model",
+    "ppo": "ppo",
+    "evaluate": "evaluate",
+    "report": "report",
+}
+VERBS = {
+    "run": "run the stages of an experiment, skipping what is finished and resuming what was interrupted",
+    "sft": "run stage sft alone: supervised fine-tuning, the warm start",
+    "collect": "run stage collect alone: sample pairs of responses and have them labelled",
+    "reward-model": "run stage reward_model alone: train on comparisons",
+    "ppo": "run stage ppo alone: optimise the policy against the reward model with a KL penalty",
+    "evaluate": "run stage evaluate alone: judge the policy against the baseline on held-out prompts",
+    "report": "run stage report alone: write report.html from what the run folder holds",
+    "config": "print the resolved config and where each value came from",
+}
+
+
+def usage() -> str:
+    """The help text."""
+    verbs = "\n".join(f"  {name:<13} {text}" for name, text in VERBS.items())
+    return f"""usage: rlhf VERB [group=choice ...] [key=value | --key=value ...] [--debug]
+
+{verbs}
+
+Examples:
+  rlhf run experiment=quickstart
+  rlhf run experiment=quickstart seed=2 ppo.kl_coefficient=0.1
+  rlhf run experiment=quickstart distributed.num_processes=2 zero=stage2
+  rlhf run experiment=quickstart stages=[ppo,evaluate,report] ppo.policy=FOLDER
+  rlhf config experiment=quickstart
+
+Groups: experiment, model, data, zero. `rlhf config experiment=NAME` lists every key with its value and origin.
+The same command again resumes, or finds nothing to do. run.dir=FOLDER chooses the run folder.
+Exit codes: 0 success, 2 wrong usage or config, 130 interrupted, 137 a rank was killed, 1 anything else.
+--debug shows tracebacks; --version prints the version."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the `rlhf` command."""
+    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _main(arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_SUCCESS if arguments else EXIT_USAGE
+    if arguments[0] == "--version":
+        print(f"rlhf {rlhf.__version__}")
+        return EXIT_SUCCESS
+    verb, rest = arguments[0], arguments[1:]
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(usage())
+        return EXIT_SUCCESS
+    try:
+        return _dispatch(verb, rest, debug)
+    except BrokenPipeError:
+        # Whoever read our output (`head`, say) has enough of it; Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        return explain(error, None, debug)
+
+
+def _dispatch(verb: str, arguments: list[str], debug: bool) -> int:
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb.replace("_", "-"), VERBS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"unknown verb {verb!r}{hint} (rlhf --help lists them: {', '.join(VERBS)})")
+    from rlhf.config.compose import load_config, render_sources
+
+    if verb in STAGE_VERBS:
+        arguments = [*arguments, f"stages=[{STAGE_VERBS[verb]}]"]
+    loaded = load_config(arguments)
+    if verb == "config":
+        print(render_sources(loaded))
+        return EXIT_SUCCESS
+    from rlhf.supervisor import supervise
+
+    signal.signal(signal.SIGTERM, _terminate)
+    return supervise(loaded.config, command=["rlhf", verb, *arguments], debug=debug)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """SIGTERM outside the launcher's own handling ends like an exit with the conventional code."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The pipeline: which stages run on which inputs, which are finished already, and how a stage is started.
+
+A stage reads folders and writes folders. Its fingerprint is a hash of everything that decides its result: its config
+section, the seed, the data's content and the content of its input artifacts. A stage whose result carries the same
+fingerprint is skipped; one that was interrupted resumes; one that belongs to another fingerprint starts over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rlhf
+from rlhf import data
+from rlhf.config import RLHFConfig, StageName
+from rlhf.errors import ConfigError
+from rlhf.models.paths import check_model_path, is_local
+from rlhf.runs.files import discard, fingerprint, hash_path
+from rlhf.runs.folder import RunFolder
+
+# Raised when the code of a stage changes so that an old result is no longer what the same config gives.
+FINGERPRINT_VERSION = 1
+
+# Keys that decide where or how often something is written, not what comes out.
+_BOOKKEEPING = {
+    "save_every",
+    "keep_checkpoints",
+    "policy",
+    "reference",
+    "reward_model",
+    "value_model",
+    "base",
+    "baseline",
+}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run: its inputs (name to path or hub id), its fingerprint, and whether its output is there."""
+
+    name: StageName
+    inputs: Mapping[str, str]
+    fingerprint: str
+    finished: bool
+
+
+def _own_model(config: RLHFConfig, run: RunFolder, producer: StageName) -> str | None:
+    """This run's model of a stage, when the stage is going to run or has finished earlier."""
+    stage = run.stage(producer)
+    if producer in config.stages or stage.read_result() is not None:
+        return str(stage.model)
+    return None
+
+
+def _required(value: str | None, stage: StageName, name: str, producer: StageName) -> str:
+    if value is not None:
+        return value
+    raise ConfigError(
+        f"stage {stage} needs a {name.replace('_', ' ')}: this run has no finished stage {producer} and stages does "
+        f"not list it. Add {producer} to stages, or set {stage}.{name}=FOLDER_OR_HUB_ID."
+    )
+
+
+def resolve_inputs(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str, str]:
+    """The models and folders a stage reads: what its config names, else what this run makes.
+
+    Raises `ConfigError` when something is missing, naming the key that would provide it.
+    """
+    sft = _own_model(config, run, "sft")
+    if stage == "sft":
+        base = config.sft.base or config.model.path
+        return {} if base is None else {"base": base}
+    if stage == "collect":
+        return {"policy": _required(config.collect.policy or sft, stage, "policy", "sft")}
+    if stage == "reward_model":
+        base = _required(config.reward_model.base or sft or config.model.path, stage, "base", "sft")
+        inputs = {"base": base}
+        collected = "collect" in config.stages or run.stage("collect").read_result() is not None
+        if config.reward_model.comparisons is not None:
+            inputs["comparisons"] = config.reward_model.comparisons
+        elif collected:
+            inputs["comparisons"] = str(run.stage("collect").path / "comparisons")
+        return inputs
+    if stage == "ppo":
+        return _ppo_inputs(config, run, sft)
+    if stage == "evaluate":
+        policy = _required(config.evaluate.policy or _own_model(config, run, "ppo"), stage, "policy", "ppo")
+        baseline = _required(config.evaluate.baseline or sft, stage, "baseline", "sft")
+        inputs = {"policy": policy, "baseline": baseline, "reference": config.evaluate.reference or baseline}
+        reward_model = config.evaluate.reward_model or _own_model(config, run, "reward_model")
+        if reward_model is not None:
+            inputs["reward_model"] = reward_model
+        elif config.evaluate.judge.type == "reward_model":
+            _required(None, stage, "reward_model", "reward_model")
+        return inputs
+    return {}
+
+
+def _ppo_inputs(config: RLHFConfig, run: RunFolder, sft: str | None) -> dict[str, str]:
+    policy = _required(config.ppo.policy or sft, "ppo", "policy", "sft")
+    reward_model = _required(
+        config.ppo.reward_model or _own_model(config, run, "reward_model"), "ppo", "reward_model", "reward_model"
+    )
+    inputs = {"policy": policy, "reference": config.ppo.reference or policy, "reward_model": reward_model}
+    if config.ppo.value_model is not None:
+        inputs["value_model"] = config.ppo.value_model
+    elif config.ppo.value_init == "reward_model":
+        inputs["value_model"] = reward_model
+    return inputs
+
+
+_SECTION_KEYS: dict[tuple[StageName, str], str] = {("sft", "base"): "model.path"}
+
+
+def preflight(config: RLHFConfig, run: RunFolder) -> None:
+    """Everything about the inputs that can be known wrong before torch is imported. Raises `ConfigError`."""
+    stages = [stage for stage in config.stages if stage != "report"]
+    if stages:
+        data.preflight(config.data)
+    produced = {str(run.stage(stage).path) for stage in config.stages}
+    for stage in stages:
+        for name, path in resolve_inputs(config, run, stage).items():
+            if any(path.startswith(folder + "/") for folder in produced):
+                continue
+            key = f"{stage}.{name}"
+            if getattr(getattr(config, stage), name, None) is None:
+                key = _SECTION_KEYS.get((stage, name), key)
+            if name == "comparisons":
+                _check_comparisons(path, key)
+            else:
+                check_model_path(path, key)
+
+
+def _check_comparisons(path: str, key: str) -> None:
+    if not (Path(path) / "train.jsonl").is_file():
+        raise ConfigError(
+            f"{key}={path}: expected a folder with train.jsonl (and validation.jsonl, test.jsonl) as stage collect "
+            f"writes it; {Path(path).absolute() / 'train.jsonl'} is not there."
+        )
+
+
+def _content(path: str, revision: str | None) -> str:
+    """What identifies an input: the hash of a folder's content, or a hub id with its revision."""
+    if is_local(path) or Path(path).exists():
+        return hash_path(Path(path))
+    return f"hub:{path}@{revision or 'main'}"
+
+
+def stage_fingerprint(config: RLHFConfig, stage: StageName, inputs: Mapping[str, str], data_hash: str) -> str:
+    """A hash of everything that decides the stage's result."""
+    section: dict[str, Any] = getattr(config, stage).model_dump(mode="json")
+    payload = {
+        "version": [rlhf.__version__, FINGERPRINT_VERSION],
+        "stage": stage,
+        "seed": config.seed,
+        "precision": config.distributed.precision,
+        "section": {name: value for name, value in section.items() if name not in _BOOKKEEPING},
+        "model": config.model.model_dump(mode="json", exclude={"path"}),
+        "data": [config.data.model_dump(mode="json", exclude={"path"}), data_hash],
+        "inputs": {name: _content(path, config.model.revision) for name, path in sorted(inputs.items())},
+    }
+    return fingerprint(payload)
+
+
+def plan_stage(config: RLHFConfig, run: RunFolder, stage: StageName, data_hash: str) -> StagePlan:
+    """Looks at the stage's folder and says what is to be done. The stage's inputs must be there."""
+    inputs = resolve_inputs(config, run, stage)
+    value = stage_fingerprint(config, stage, inputs, data_hash)
+    folder = run.stage(stage)
+    result = folder.read_result()
+    finished = result is not None and result.fingerprint == value and not folder.altered_outputs(result)
+    return StagePlan(stage, inputs, value, finished)
+
+
+def begin_stage(run: RunFolder, plan: StagePlan) -> bool:
+    """Makes the stage's folder ready; True when an interrupted attempt left checkpoints to go on from."""
+    folder = run.stage(plan.name)
+    if folder.read_result() is not None:
+        # It had finished, but its output was altered or belongs to another fingerprint: nothing of it is used.
+        discard(folder.path)
+    return folder.begin(plan.fingerprint) and folder.checkpoints.exists()
+
+
+def default_run_folder(config: RLHFConfig, identity: str) -> Path:
+    """`run.dir`, or `<run.root>/<experiment>/<id>`; `identity` is the hash of the config that makes the id."""
+    if config.run.dir is not None:
+        return Path(config.run.dir)
+    return Path(config.run.root) / config.experiment / f"seed{config.seed}-{identity[:8]}"

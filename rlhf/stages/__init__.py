@@ -1,0 +1,1 @@
+"""One module or folder for each stage. Stages never import each other: they meet on disk."""

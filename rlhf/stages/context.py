@@ -1,0 +1,86 @@
+"""What every stage gets and gives back, and how a trained model is put into its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.models.saving import save_model
+from rlhf.runs.files import PARTIAL, discard, disk_errors, publish_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf.config import RLHFConfig
+    from rlhf.distributed.runtime import Runtime
+    from rlhf.runs.folder import RunFolder, StageFolder
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """One stage of one run, on one rank.
+
+    `inputs` maps the names of what the stage reads (`policy`, `base`, `reference`, `reward_model`, `value_model`,
+    `baseline`, `comparisons`) to a local path or hub id.
+    """
+
+    config: RLHFConfig
+    run: RunFolder
+    stage: StageFolder
+    runtime: Runtime
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage hands back: its key results, and the paths, relative to its folder, that count as its output."""
+
+    summary: dict[str, Any]
+    outputs: list[str]
+
+
+def save_partial(
+    context: StageContext,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes folder `name` of the stage under its unfinished name. Rank 0 alone calls it. Raises `DiskFullError`."""
+    temporary = partial_folder(context, name)
+    with disk_errors(temporary):
+        discard(temporary)
+        save_model(model, tokenizer, temporary, state_dict=state_dict)
+
+
+def partial_folder(context: StageContext, name: str) -> Path:
+    """Where folder `name` of the stage lies until `publish` gives it its name; a killed run's is removed later."""
+    return context.stage.path / (name + PARTIAL)
+
+
+def publish(context: StageContext, name: str) -> Path:
+    """Makes what rank 0 saved as `name` whole and visible, and returns where. All ranks call and return together."""
+    final = context.stage.path / name
+    if context.runtime.is_main:
+        publish_folder(partial_folder(context, name), final)
+    context.runtime.barrier()
+    return final
+
+
+def publish_model(
+    context: StageContext,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state_dict: dict[str, Tensor] | None = None,
+) -> Path:
+    """Writes the stage's `model/`, which is whole or absent whenever the process dies. All ranks call it.
+
+    `state_dict` replaces the model's own weights where those are sharded; it may be None on the other ranks.
+    """
+    name = context.stage.model.name
+    if context.runtime.is_main:
+        save_partial(context, name, model, tokenizer, state_dict)
+    return publish(context, name)

@@ -1,0 +1,239 @@
+"""Stage evaluate: the policy against the baseline on the same held-out prompts, every number with its interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf.config.data import EmbeddedData, LabelledTextData
+from rlhf.config.stages import ClassifierJudge, GoldJudge
+from rlhf.data import load_labelled_texts
+from rlhf.data.embedded import gold_attributes
+from rlhf.errors import ConfigError
+from rlhf.evaluation import statistics
+from rlhf.evaluation.judges import ClassifierJudge as TextClassifier
+from rlhf.evaluation.judges import GoldJudge as Gold
+from rlhf.evaluation.judges import Judge
+from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.models.positions import check_positions
+from rlhf.models.scoring import response_logprobs
+from rlhf.records import PromptContent, prompt_to_json
+from rlhf.rewards.learned import LearnedReward
+from rlhf.runs.tracking import Tracker
+from rlhf.stages.context import StageContext, StageOutput
+from rlhf.stages.sampling import (
+    EncodedPrompt,
+    decode_responses,
+    in_batches,
+    load_encoded_prompts,
+    require_prompts,
+    sample_batch,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """One model's responses to the prompts, in the prompts' order."""
+
+    texts: list[str]
+    lengths: list[int]
+    stopped: list[bool]
+    kl: list[float]  # sequence log-ratio to the reference, in nats; empty when it was not asked for
+
+
+def run(context: StageContext) -> StageOutput:
+    """Samples from policy and baseline, has the judge score both, and writes numbers and sample table."""
+    config, runtime, section = context.config, context.runtime, context.config.evaluate
+    tokenizer = _tokenizer(context, "policy")
+    with Tracker.open(
+        context.run, config.tracking, "evaluate", 4, 0, config.model_dump(mode="json"), runtime.is_main
+    ) as tracker:
+        prompts = load_encoded_prompts(config.data, tokenizer, tracker.message)["test"][: section.num_prompts]
+        require_prompts(prompts, "test")
+        contents = [prompt.content for prompt in prompts]
+        reference = _load(context, "reference")
+        check_positions(reference, max(len(prompt.ids) for prompt in prompts) + section.sampling.max_response_tokens)
+        policy = _answer(context, _load(context, "policy"), tokenizer, prompts, reference)
+        tracker.log(1, {"evaluate/policy_responses": len(policy.texts)})
+        baseline = _answer(context, _load(context, "baseline"), _tokenizer(context, "baseline"), prompts, None)
+        tracker.log(2, {"evaluate/baseline_responses": len(baseline.texts)})
+        judge, judge_summary = _make_judge(context)
+        policy_scores, baseline_scores = judge.score(contents, policy.texts), judge.score(contents, baseline.texts)
+        summary = {
+            "judge": judge.name,
+            "num_prompts": len(prompts),
+            **judge_summary,
+            **_compare(context, contents, policy, baseline, policy_scores, baseline_scores),
+        }
+        tracker.log(3, {f"evaluate/{name}": body["value"] for name, body in summary.items() if isinstance(body, dict)})
+        rows = [
+            {
+                "prompt": prompt_to_json(contents[i]),
+                "baseline_response": baseline.texts[i],
+                "policy_response": policy.texts[i],
+                "baseline_score": baseline_scores[i],
+                "policy_score": policy_scores[i],
+            }
+            for i in range(min(section.num_samples_shown, len(prompts)))
+        ]
+        tracker.log_samples(4, rows)
+    return StageOutput(summary=summary, outputs=[])
+
+
+def _load(context: StageContext, role: str) -> PreTrainedModel:
+    model = load_policy(context.inputs[role], context.config.model, context.runtime.dtype, key=f"evaluate.{role}")
+    return model.to(context.runtime.device).eval()
+
+
+def _tokenizer(context: StageContext, role: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(context.inputs[role], context.config.model, key=f"evaluate.{role}")
+
+
+def _answer(
+    context: StageContext,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[EncodedPrompt],
+    reference: PreTrainedModel | None,
+) -> _Answers:
+    """Each rank answers its share of the prompts; every rank gets all answers."""
+    sampling, runtime = context.config.evaluate.sampling, context.runtime
+    mine: list[tuple[int, str, int, bool, float]] = []
+    numbered = list(enumerate(prompts))[runtime.rank :: runtime.world_size]
+    for batch in in_batches(numbered, sampling.batch_size):
+        sampled = sample_batch(
+            model,
+            tokenizer,
+            [prompt for _, prompt in batch],
+            [0] * len(batch),
+            seed=context.config.seed,
+            # The same random numbers for policy and baseline: equal models give equal responses.
+            purpose="evaluate",
+            step=0,
+            temperature=sampling.temperature,
+            max_response_tokens=sampling.max_response_tokens,
+            device=runtime.device,
+        )
+        kl = torch.zeros(len(batch))
+        if reference is not None:
+            with torch.inference_mode():
+                logprobs = response_logprobs(
+                    reference,
+                    input_ids=torch.cat([sampled.prompt_ids, sampled.response_ids], dim=1),
+                    attention_mask=torch.cat([sampled.prompt_mask, sampled.response_mask], dim=1),
+                    num_prompt=sampled.prompt_ids.shape[1],
+                    temperature=sampling.temperature,
+                )
+            difference = torch.where(sampled.response_mask, sampled.logprobs - logprobs, 0.0)
+            kl = difference.sum(dim=1).cpu()
+        texts = decode_responses(tokenizer, sampled.response_ids, sampled.response_mask)
+        lengths = sampled.response_mask.sum(dim=1).tolist()
+        numbers = [number for number, _ in batch]
+        mine += list(zip(numbers, texts, lengths, sampled.stopped.tolist(), kl.tolist(), strict=True))
+    rows = sorted(row for part in runtime.gather_objects(mine) for row in part)
+    return _Answers([r[1] for r in rows], [r[2] for r in rows], [r[3] for r in rows], [r[4] for r in rows])
+
+
+def _make_judge(context: StageContext) -> tuple[Judge, dict[str, Any]]:
+    """The judge, and what is known of its own quality."""
+    config = context.config
+    judge = config.evaluate.judge
+    if isinstance(judge, GoldJudge):
+        if not isinstance(config.data, EmbeddedData):
+            raise ConfigError(
+                f"evaluate.judge.type=gold needs data=embedded; data.type is {config.data.type}. "
+                "Choose evaluate.judge.type=classifier or reward_model."
+            )
+        return Gold(), {}
+    if isinstance(judge, ClassifierJudge):
+        if not isinstance(config.data, LabelledTextData):
+            raise ConfigError(
+                "evaluate.judge.type=classifier is trained on the labels of data=labelled_text; "
+                f"data.type is {config.data.type}. Choose evaluate.judge.type=reward_model."
+            )
+        classifier = TextClassifier(
+            load_labelled_texts(config.data, part="judge_train"),
+            ngram_max=judge.ngram_max,
+            inverse_regularization=judge.inverse_regularization,
+        )
+        accuracy = classifier.held_out_accuracy(load_labelled_texts(config.data, part="test"))
+        return classifier, {"judge_accuracy": accuracy.to_json()}
+    return _RewardModelJudge(context), {}
+
+
+class _RewardModelJudge:
+    """The reward model as a judge: it shows fit to what PPO optimised, not quality."""
+
+    name = "reward_model"
+
+    def __init__(self, context: StageContext) -> None:
+        self._reward = load_reward(context)
+        self._batch_size = context.config.evaluate.sampling.batch_size
+
+    def score(self, prompts: list[PromptContent], responses: list[str]) -> list[float]:
+        """Raw scores of the texts."""
+        return self._reward.score_texts(prompts, responses, batch_size=self._batch_size)
+
+
+def load_reward(context: StageContext) -> LearnedReward:
+    """The reward model among the stage's inputs."""
+    return LearnedReward.load(
+        context.inputs["reward_model"],
+        context.config.model,
+        dtype=context.runtime.dtype,
+        device=context.runtime.device,
+        policy_tokenizer=_tokenizer(context, "policy"),
+    )
+
+
+def _compare(
+    context: StageContext,
+    prompts: list[PromptContent],
+    policy: _Answers,
+    baseline: _Answers,
+    policy_scores: list[float],
+    baseline_scores: list[float],
+) -> dict[str, Any]:
+    """Every metric as {"value", "low", "high"} at the configured confidence."""
+    section, seed = context.config.evaluate, context.config.seed
+
+    def mean(values: list[float]) -> dict[str, float]:
+        interval = statistics.bootstrap_mean(
+            values, confidence=section.confidence, num_resamples=section.bootstrap_resamples, seed=seed
+        )
+        return interval.to_json()
+
+    def share(flags: list[bool]) -> dict[str, float]:
+        return statistics.wilson(sum(flags), len(flags), confidence=section.confidence).to_json()
+
+    name = {"gold": "gold_score", "classifier": "positive_probability"}.get(section.judge.type, "judge_score")
+    summary: dict[str, Any] = {
+        "win_rate": statistics.win_rate(policy_scores, baseline_scores, confidence=section.confidence).to_json(),
+        f"{name}_policy": mean(policy_scores),
+        f"{name}_baseline": mean(baseline_scores),
+        "kl_to_reference": mean(policy.kl),
+        "response_length_policy": mean([float(length) for length in policy.lengths]),
+        "response_length_baseline": mean([float(length) for length in baseline.lengths]),
+        "stopped_share_policy": share(policy.stopped),
+        "stopped_share_baseline": share(baseline.stopped),
+    }
+    if section.judge.type == "classifier":
+        summary["positive_share_policy"] = share([score > 0.5 for score in policy_scores])
+        summary["positive_share_baseline"] = share([score > 0.5 for score in baseline_scores])
+    if isinstance(context.config.data, EmbeddedData):
+        for role, answers in (("policy", policy), ("baseline", baseline)):
+            attributes = [gold_attributes(prompt, text) for prompt, text in zip(prompts, answers.texts, strict=True)]
+            summary[f"grammatical_share_{role}"] = share([bool(a["grammatical"]) for a in attributes])
+            summary[f"sentiment_{role}"] = mean([float(a["sentiment"]) for a in attributes])
+            summary[f"repetition_{role}"] = mean([float(a["repetition"]) for a in attributes])
+    if "reward_model" in context.inputs:
+        reward = load_reward(context)
+        for role, answers in (("policy", policy), ("baseline", baseline)):
+            scores = reward.score_texts(prompts, answers.texts, batch_size=section.sampling.batch_size)
+            summary[f"reward_model_score_{role}"] = mean(scores)
+    return summary

@@ -1,0 +1,125 @@
+"""Sampling responses to prompts, as the stages collect, ppo and evaluate share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf.config.data import DataConfig
+from rlhf.data import load_prompts
+from rlhf.data.splits import SPLITS, SplitName
+from rlhf.data.tokenization import decode_response, encode_prompt, fit_lengths
+from rlhf.errors import DataError
+from rlhf.models.generation import generate
+from rlhf.models.sampling import row_uniforms
+from rlhf.ops.sequences import left_pad
+from rlhf.records import PromptContent, prompt_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt with its token ids and the hash that keys its random numbers."""
+
+    content: PromptContent
+    key: int
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class SampledBatch:
+    """Responses (B, R) to left-padded prompts (B, P); `logprobs` are those of sampling, at the sampling temperature."""
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    stopped: Tensor
+    logprobs: Tensor
+
+
+def load_encoded_prompts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, report: Callable[[str], None]
+) -> dict[SplitName, list[EncodedPrompt]]:
+    """The data's prompts as token ids, by split; what was left out as broken or over-long goes to `report`.
+
+    Raises `DataError` for such rows unless the config says to skip them.
+    """
+    splits = fit_lengths(load_prompts(config), tokenizer, config)
+    splits.report(report)
+    return {name: [_encode(tokenizer, prompt.prompt) for prompt in splits.named(name)] for name in SPLITS}
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent) -> EncodedPrompt:
+    # One bit less than the hash has, so that it fits a signed 64-bit tensor.
+    return EncodedPrompt(prompt, prompt_hash(prompt) >> 1, encode_prompt(tokenizer, prompt))
+
+
+def require_prompts(prompts: Sequence[EncodedPrompt], split: SplitName) -> None:
+    """Raises `DataError` when a split that is to be sampled from has no prompt."""
+    if not prompts:
+        raise DataError(
+            f"the data has no {split} prompt to sample from; look at data.path, data.splits and data.max_prompt_tokens"
+        )
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a response: the tokenizer's EOS and those of the model's generation config."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    more = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
+    return sorted({int(tokenizer.eos_token_id), *map(int, more)})
+
+
+def sample_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[EncodedPrompt],
+    sample_indices: Sequence[int],
+    *,
+    seed: int,
+    purpose: str,
+    step: int,
+    temperature: float,
+    max_response_tokens: int,
+    device: torch.device,
+) -> SampledBatch:
+    """Samples a response a row; row i's random numbers are keyed by (seed, purpose, step, prompt, sample_indices[i])."""
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    prompt_ids, prompt_mask = left_pad([prompt.ids for prompt in prompts], pad_id=pad_id)
+    prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+    uniforms = row_uniforms(
+        seed, purpose, step, [prompt.key for prompt in prompts], list(sample_indices), max_response_tokens
+    )
+    result = generate(
+        model,
+        prompt_ids,
+        prompt_mask,
+        uniforms=uniforms.to(device),
+        temperature=temperature,
+        max_response_tokens=max_response_tokens,
+        stop_ids=stop_token_ids(model, tokenizer),
+        pad_id=pad_id,
+    )
+    return SampledBatch(
+        prompt_ids, prompt_mask, result.response_ids, result.response_mask, result.stopped, result.logprobs
+    )
+
+
+def decode_responses(tokenizer: PreTrainedTokenizerBase, response_ids: Tensor, response_mask: Tensor) -> list[str]:
+    """The text of every response, without special tokens. Both tensors have shape (B, R)."""
+    rows = zip(response_ids.tolist(), response_mask.tolist(), strict=True)
+    return [decode_response(tokenizer, [i for i, real in zip(ids, mask, strict=True) if real]) for ids, mask in rows]
+
+
+def in_batches(items: Sequence[ItemT], size: int) -> Iterator[Sequence[ItemT]]:
+    """Consecutive pieces of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,150 @@
+"""Stage sft: supervised fine-tuning on demonstrations by TRL's `SFTTrainer`.
+
+The loss is the mean of the response's token cross-entropies, EOS included, over the global batch: one division by the
+number of tokens of an optimiser step, all ranks and micro-batches together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from rlhf.data import load_demonstrations, training_texts
+from rlhf.data.tokenization import EncodedPair, encode_pair, fit_lengths
+from rlhf.models.loading import check_vocabulary, load_policy, load_tokenizer
+from rlhf.models.positions import check_positions
+from rlhf.models.scratch import build_from_scratch
+from rlhf.ops.logprobs import token_logprobs
+from rlhf.ops.sequences import position_ids, right_pad
+from rlhf.runs.tracking import Tracker
+from rlhf.stages.context import StageContext, StageOutput, publish, publish_model, save_partial
+from rlhf.stages.trl_adapter import Training, plan_schedule, resume_step
+from rlhf.stages.trl_checkpoints import find_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+def run(context: StageContext) -> StageOutput:
+    """Trains, evaluates on the validation split and publishes `model/`."""
+    config, section = context.config, context.config.sft
+    # 1. The model to start from, equal on all ranks. It is loaded before the trainer's arguments are made, which under
+    #    ZeRO-3 would shard it. Training keeps float32 weights; autocast or DeepSpeed does the rest.
+    base = base_model(context)
+    tokenizer = load_tokenizer(base, config.model)
+    model = load_policy(base, config.model, torch.float32)
+    check_vocabulary(model, tokenizer, base)
+    # 2. The demonstrations as token ids.
+    splits = fit_lengths(load_demonstrations(config.data), tokenizer, config.data)
+    train = [encode_pair(tokenizer, row.prompt, row.response) for row in splits.train]
+    validation = [encode_pair(tokenizer, row.prompt, row.response) for row in splits.validation]
+    check_positions(model, max((len(ids) + len(response) for ids, response in train + validation), default=0))
+    schedule = plan_schedule(section, name="sft", num_examples=len(train), world_size=context.runtime.world_size)
+    # 3. Train, from the newest whole checkpoint if there is one.
+    checkpoint, note = find_checkpoint(context)
+    with Tracker.open(
+        context.run,
+        config.tracking,
+        "sft",
+        schedule.num_steps,
+        resume_step(checkpoint, schedule),
+        config.model_dump(mode="json"),
+        context.runtime.is_main,
+    ) as tracker:
+        splits.report(tracker.message)
+        if note:
+            tracker.message(note)
+        training = Training(
+            "sft",
+            context,
+            section,
+            schedule,
+            tracker,
+            model=model,
+            tokenizer=tokenizer,
+            rows=training_rows(train, train_on_prompt=section.train_on_prompt),
+            # Masks come from lengths, so it does not matter which token fills the padding.
+            collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        )
+        training.run(checkpoint)
+        # 4. Publish; 5. judge what was published, as the next stage will load it.
+        publish_model(context, model, tokenizer, training.weights())
+        training.close()
+        measured = _validate(context, tokenizer, validation)
+        training.log_last_step({f"sft/{name}": value for name, value in measured.items()})
+    summary: dict[str, Any] = {
+        "loss": training.last_loss,
+        **measured,
+        "num_steps": schedule.num_steps,
+        "num_train": len(train),
+        "num_validation": len(validation),
+        "num_rows_left_out": len(splits.bad_rows),
+    }
+    return StageOutput(summary=summary, outputs=["model"])
+
+
+def base_model(context: StageContext) -> str:
+    """The model to start from: the given one, or the stage's `initial/`, which rank 0 makes from scratch."""
+    given = context.inputs.get("base")
+    if given is not None:
+        return given
+    initial: Path = context.stage.path / "initial"
+    # A resume starts from the very files that the first attempt wrote. Rank 0 alone looks, then all know.
+    if not context.runtime.broadcast_object(initial.is_dir()):
+        if context.runtime.is_main:
+            config = context.config
+            model, tokenizer = build_from_scratch(config.model.scratch, training_texts(config.data), config.seed)
+            save_partial(context, initial.name, model, tokenizer)
+        publish(context, initial.name)
+    return str(initial)
+
+
+def training_rows(pairs: list[EncodedPair], *, train_on_prompt: bool) -> dict[str, list[list[int]]]:
+    """Columns `input_ids` and `labels`; labels are -100 where a token does not count."""
+    ids = [pair.prompt_ids + pair.response_ids for pair in pairs]
+    labels = [
+        (pair.prompt_ids if train_on_prompt else [IGNORED] * len(pair.prompt_ids)) + pair.response_ids for pair in pairs
+    ]
+    return {"input_ids": ids, "labels": labels}
+
+
+def _validate(context: StageContext, tokenizer: PreTrainedTokenizerBase, pairs: list[EncodedPair]) -> dict[str, float]:
+    """`validation_loss` (nats a token) and `validation_token_accuracy` of the published model; empty without pairs."""
+    if not pairs:
+        return {}
+    config, runtime = context.config, context.runtime
+    model = load_policy(context.stage.model, config.model, runtime.dtype)
+    nn.Module.to(model, runtime.device)
+    per_rank = config.sft.micro_batch_size or max(1, config.sft.batch_size // runtime.world_size)
+    mine = pairs[runtime.rank :: runtime.world_size]
+    totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    for start in range(0, len(mine), per_rank):
+        totals += loss_and_correct(model, mine[start : start + per_rank], tokenizer.pad_token_id, runtime.device)
+    loss, correct, count = runtime.sum_over_ranks(totals).tolist()
+    return {"validation_loss": loss / count, "validation_token_accuracy": correct / count}
+
+
+@torch.inference_mode()
+def loss_and_correct(
+    model: PreTrainedModel, pairs: list[EncodedPair], pad_id: int, device: torch.device
+) -> torch.Tensor:
+    """Sums over the response tokens: cross-entropy in nats, tokens predicted right, tokens. (3,) float64."""
+    ids, mask = right_pad([pair.prompt_ids + pair.response_ids for pair in pairs], pad_id=pad_id)
+    counts, _ = right_pad(
+        [[0] * len(pair.prompt_ids) + [1] * len(pair.response_ids) for pair in pairs], pad_id=0, width=ids.shape[1]
+    )
+    ids, mask, counted = ids.to(device), mask.to(device), counts.bool().to(device)[:, 1:]
+    output = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
+    logits, targets = output.logits[:, :-1], ids[:, 1:]
+    logprobs = token_logprobs(logits=logits, tokens=targets, temperature=1.0)
+    zero = torch.zeros((), device=device)
+    loss = -torch.where(counted, logprobs, zero).double().sum()
+    correct = ((logits.argmax(-1) == targets) & counted).sum()
+    return torch.stack([loss, correct.double(), counted.sum().double()])

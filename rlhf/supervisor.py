@@ -1,0 +1,193 @@
+"""The supervisor behind `rlhf run`: it freezes the config, decides what is to be done and starts the ranks.
+
+It never imports torch unless another launcher started it: then every rank is its own supervisor, works on the
+stages in its own process, and rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from rlhf import data
+from rlhf.config import RLHFConfig, StageName, config_hash, config_to_yaml
+from rlhf.distributed.launch import adopt_slurm, launch, under_launcher
+from rlhf.errors import EXIT_SUCCESS, ConfigError, UserError
+from rlhf.pipeline import StagePlan, begin_stage, default_run_folder, plan_stage, preflight
+from rlhf.runs import console, manifest
+from rlhf.runs.files import write_text
+from rlhf.runs.folder import RunFolder
+from rlhf.runs.report import write_report
+from rlhf.worker import explain, run_stage
+
+# What a run is, as far as its default folder is concerned: everything but where it lives and what is logged besides.
+_NOT_IDENTITY = ("run", "tracking", "stages")
+
+
+def supervise(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
+    """Runs the config's stages. Returns the exit code; errors of the user rise as `UserError`."""
+    adopt_slurm(os.environ)
+    if under_launcher(os.environ):
+        return _run_as_rank(_with_world_size(config), command, debug)
+    run = _prepare(config)
+    with run.lock():
+        _start_manifest(config, run, command)
+        return _run_stages(config, run, debug)
+
+
+def _prepare(config: RLHFConfig) -> RunFolder:
+    run = RunFolder(default_run_folder(config, config_hash(config, exclude=_NOT_IDENTITY)))
+    preflight(config, run)
+    run.create()
+    return run
+
+
+def _start_manifest(config: RLHFConfig, run: RunFolder, command: Sequence[str]) -> None:
+    run.clean_partial()
+    write_text(run.config, config_to_yaml(config))
+    manifest.start_manifest(
+        run,
+        command=list(command),
+        config=config.model_dump(mode="json"),
+        config_hash=config_hash(config),
+        seed=config.seed,
+        stages=list(config.stages),
+    )
+
+
+def _run_stages(config: RLHFConfig, run: RunFolder, debug: bool) -> int:
+    data_hash = data.data_hash(config.data)
+    for position, name in enumerate(config.stages, start=1):
+        if name == "report":
+            _write_report(run)
+            continue
+        plan = plan_stage(config, run, name, data_hash)
+        if plan.finished:
+            console.heading(name, position, len(config.stages), "finished earlier, nothing to do")
+            continue
+        code = _run_in_ranks(config, run, plan, position, debug)
+        if code != EXIT_SUCCESS:
+            manifest.finish_manifest(run, code)
+            return code
+    _finish(config, run)
+    return EXIT_SUCCESS
+
+
+def _finish(config: RLHFConfig, run: RunFolder) -> None:
+    manifest.finish_manifest(run, EXIT_SUCCESS)
+    if "report" in config.stages:
+        write_report(run)  # once more, now that the manifest says finished
+    console.print_summary(run)
+
+
+def _write_report(run: RunFolder) -> None:
+    started = time.monotonic()
+    write_report(run)
+    manifest.update_stage(run, "report", status="finished", seconds=round(time.monotonic() - started, 3))
+
+
+def _begin(config: RLHFConfig, run: RunFolder, plan: StagePlan, position: int) -> None:
+    resumes = begin_stage(run, plan)
+    detail = "goes on where it was interrupted" if resumes else ""
+    console.heading(plan.name, position, len(config.stages), detail)
+    inputs = {name: str(path) for name, path in plan.inputs.items()}
+    manifest.update_stage(run, plan.name, status="running", fingerprint=plan.fingerprint, inputs=inputs)
+
+
+def _run_in_ranks(config: RLHFConfig, run: RunFolder, plan: StagePlan, position: int, debug: bool) -> int:
+    """Starts one process a rank for a stage and waits. Returns the exit code; the ranks have printed any message."""
+    _begin(config, run, plan, position)
+    started = time.monotonic()
+    arguments = [sys.executable, "-m", "rlhf.worker", str(run.path), plan.name, *(["--debug"] if debug else [])]
+    result = launch(
+        arguments,
+        config.distributed.num_processes,
+        num_threads=config.distributed.num_threads,
+        log_folder=run.path / "logs" / plan.name,
+    )
+    if result.exit_code == EXIT_SUCCESS:
+        _record_finished(run, plan.name)
+        return EXIT_SUCCESS
+    if result.rank is not None and result.log_tail:
+        print(f"rlhf: rank {result.rank} failed; the end of its log:\n{result.log_tail}", file=sys.stderr)
+    status = "failed" if result.interrupted_by is None else "interrupted"
+    manifest.update_stage(run, plan.name, status=status, seconds=round(time.monotonic() - started, 3))
+    return result.exit_code
+
+
+def _record_finished(run: RunFolder, name: StageName) -> None:
+    result = run.stage(name).read_result()
+    if result is None:
+        raise UserError(f"stage {name} ended without a result in {run.stage(name).path}; run the same command again.")
+    manifest.update_stage(
+        run,
+        name,
+        status="finished",
+        seconds=round(result.seconds, 3),
+        outputs=result.outputs,
+        summary=result.summary,
+        peak_memory_bytes=result.summary.get("perf/peak_memory_bytes"),
+    )
+
+
+def _with_world_size(config: RLHFConfig) -> RLHFConfig:
+    """Under another launcher the number of processes is the launcher's."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    asked = config.distributed.num_processes
+    if asked not in (1, world_size):
+        raise ConfigError(
+            f"distributed.num_processes={asked}, but the launcher started {world_size} processes. Leave the key out."
+        )
+    dump = config.model_dump(mode="json")
+    dump["distributed"]["num_processes"] = world_size
+    return _validated(dump)
+
+
+def _validated(dump: Mapping[str, object]) -> RLHFConfig:
+    return RLHFConfig.model_validate_json(json.dumps(dump))
+
+
+def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
+    """The pipeline inside one rank that torchrun, accelerate, deepspeed or srun started."""
+    from rlhf.distributed.runtime import Runtime
+
+    console.quiet_libraries()
+    run: RunFolder | None = None
+    try:
+        runtime = Runtime.start(config.distributed, config.zero, config.seed)
+        run = RunFolder(default_run_folder(config, config_hash(config, exclude=_NOT_IDENTITY)))
+        if runtime.is_main:
+            _prepare(config)
+            _start_manifest(config, run, command)
+        runtime.barrier()
+        data_hash = data.data_hash(config.data)
+        for position, name in enumerate(config.stages, start=1):
+            if name == "report":
+                if runtime.is_main:
+                    _write_report(run)
+                continue
+            plan = runtime.broadcast_object(plan_stage(config, run, name, data_hash) if runtime.is_main else None)
+            if plan.finished:
+                continue
+            if runtime.is_main:
+                _begin(config, run, plan, position)
+            runtime.barrier()
+            run_stage(config, run, name, runtime)
+            if runtime.is_main:
+                _record_finished(run, name)
+            # Each stage starts from the same random state and with fresh library singletons, as in its own process.
+            runtime = Runtime.start(config.distributed, config.zero, config.seed)
+        if runtime.is_main:
+            _finish(config, run)
+        runtime.stop()
+    # The process boundary: every error becomes a message and an exit code.
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+        code = explain(error, run, debug)
+        sys.stderr.flush()
+        # The other ranks may wait in a collective operation that this rank will never join: leave at once, so that the
+        # launcher ends them.
+        os._exit(code)
+    return EXIT_SUCCESS
