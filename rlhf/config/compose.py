@@ -52,7 +52,7 @@ HYDRA_ERRORS = (
     AssertionError,
     OSError,
 )
-PLAIN_NAME = re.compile(r"[\w.-]+(/[\w.-]+)*")
+PLAIN_NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*")
 
 _search_folders: ContextVar[tuple[Path, ...]] = ContextVar("_search_folders", default=())
 
@@ -222,7 +222,7 @@ def _composed(root: Any, choices: dict[str, str], files: Files, findings: Findin
     _register_plugin()
     ConfigStore.instance().store(name=ROOT_NAME, node=root)
     overrides = [f"{group}='{name}'" for group, name in choices.items()]
-    token = _search_folders.set(tuple(reversed(files.user)))
+    token = _search_folders.set(files.user)
     try:
         _register_files(files)
         with initialize_config_dir(str(files.packaged), job_name="rlhf", version_base="1.3"):

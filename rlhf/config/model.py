@@ -18,9 +18,7 @@ class ScratchConfig(Section):
     num_layers: PositiveInt = Field(2, description="number of transformer blocks")
     hidden_size: PositiveInt = Field(128, description="width of the residual stream; a multiple of num_heads")
     num_heads: PositiveInt = Field(4, description="number of attention heads")
-    vocab_size: PositiveInt = Field(
-        512, description="size of the BPE vocabulary, at least 262 (bytes and specials)", ge=262
-    )
+    vocab_size: int = Field(512, description="size of the BPE vocabulary, at least 262 (bytes and specials)", ge=262)
     max_positions: PositiveInt = Field(256, description="longest sequence, prompt and response together, in tokens")
 
 

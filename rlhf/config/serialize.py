@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from rlhf.config.errors import Problem, config_error
-from rlhf.config.provenance import Draft, Origin, display_path, read_yaml
+from rlhf.config.provenance import Draft, Origin, YAMLDumper, display_path, read_yaml
 from rlhf.config.root import RLHFConfig
 from rlhf.config.validation import Findings, validate
 from rlhf.config.values import text_keys
@@ -31,7 +31,7 @@ def _plain(value: Any) -> Any:
 
 def config_to_yaml(config: RLHFConfig) -> str:
     """Every value of the config as YAML; `config_from_file` reads it back to an equal config."""
-    text: str = yaml.safe_dump(plain_values(config), sort_keys=False, allow_unicode=True, default_flow_style=False)
+    text: str = yaml.dump(plain_values(config), Dumper=YAMLDumper, sort_keys=False, allow_unicode=True)
     return text
 
 

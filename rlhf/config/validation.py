@@ -200,12 +200,12 @@ def _wrong_value(entry: schema.Entry, draft: Draft) -> Problem:
     message = f"expected {schema.describe(wanted)}"
     choices = (wanted.element or wanted).choices
     words = list(value) if isinstance(value, list | tuple) else [value]
-    if choices:
+    if wanted.element is not None and isinstance(value, str):
+        message += f"; write {entry.key}=[{value.strip('[]')}]"
+    elif choices:
         wrong = [str(word) for word in words if word not in choices]
         names = [name for word in wrong[:3] for name in close_names(word, [str(choice) for choice in choices])[:1]]
         message += did_you_mean(list(dict.fromkeys(names)))
-    elif wanted.element is not None and isinstance(value, str):
-        message += f"; write {entry.key}=[{value.strip('[]')}]"
     elif wanted.core is str and isinstance(value, int | float):
         message += "; put it in quotes"
     return Problem(entry.key, message, draft.shown(entry.path), draft.source(entry.path))

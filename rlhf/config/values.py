@@ -29,7 +29,8 @@ def from_text(text: str, target: ValueType) -> Any:
     if target.nullable and text in NULL_WORDS:
         return None
     if target.choices:
-        return next((choice for choice in target.choices if str(choice) == _unquote(text)), text)
+        number = _number(text, int) if isinstance(target.choices[0], int) else text
+        return next((choice for choice in target.choices if str(choice) in (str(number), _unquote(text))), text)
     if target.element is not None or target.is_mapping:
         container = container_from_text(text)
         return text if container is None else from_argument_value(container, target)
@@ -53,6 +54,9 @@ def from_argument_value(value: Any, target: ValueType) -> Any:
 
 def from_file_value(value: Any, target: ValueType) -> Any:
     """A value read from YAML: lists become tuples, and a whole-number field takes `1e4` when exactly whole."""
+    if target.choices and isinstance(value, bool):
+        # To Python, and so to pydantic, True is among the choices 0 and 1.
+        return str(value).lower()
     if target.core is int and isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT:
         return int(value)
     if target.element is not None and isinstance(value, list | tuple):
@@ -79,7 +83,7 @@ def container_from_text(text: str) -> list[Any] | dict[str, Any] | None:
     if text[:1] not in ("[", "{", "("):
         return None
     value: Any = None
-    for parse in (ast.literal_eval, json.loads, _parse_with_hydra):
+    for parse in (json.loads, ast.literal_eval, _parse_with_hydra):
         try:
             value = parse(text)
         # literal_eval raises the last four on hostile nesting and on keys that cannot be hashed.
@@ -118,7 +122,9 @@ def _parse_with_hydra(text: str) -> Any:
 
 
 def _without_quotes(value: Any) -> Any:
-    """Hydra keeps quoted strings as objects of its own, whose text is `.text`."""
+    """Hydra keeps quoted strings as objects of its own, whose text is `.text`; Python's None it takes for text."""
+    if value == "None" and isinstance(value, str):
+        return None
     if isinstance(value, dict):
         return {_without_quotes(key): _without_quotes(item) for key, item in value.items()}
     if isinstance(value, list):

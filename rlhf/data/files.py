@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from itertools import chain
+from itertools import chain, islice
 
-from rlhf.config.data import FileData
-from rlhf.data.assemble import assemble, choose_format
+from rlhf.config.data import FileData, LabelledTextData
+from rlhf.data.assemble import ROWS_SNIFFED, assemble, choose_format
 from rlhf.data.folders import extension, find_files, name_of
-from rlhf.data.readers import read_rows
+from rlhf.data.readers import Row, read_rows
 from rlhf.data.splits import Splits
+from rlhf.errors import ConfigError
 from rlhf.records import RecordT
 
 SNIFFED_EXTENSIONS = (".jsonl", ".ndjson")
@@ -30,6 +31,21 @@ def check_files(config: FileData) -> None:
         if extension(files[0]) in SNIFFED_EXTENSIONS:
             rows = read_rows(files[0], name_of(files[0], config.path))
             choose_format(iter(rows), config.format, f"data.path={config.path}")
+
+
+def check_labelled_files(config: LabelledTextData) -> None:
+    """Finds the files, and for JSON Lines whether the first rows have the fields of text and label."""
+    for files in find_files(config.path).values():
+        if extension(files[0]) not in SNIFFED_EXTENSIONS:
+            continue
+        rows = islice(read_rows(files[0], name_of(files[0], config.path)), ROWS_SNIFFED)
+        found = [row.fields for row in rows if isinstance(row, Row)]
+        for key, name in (("text_field", config.text_field), ("label_field", config.label_field)):
+            if found and not any(name in fields for fields in found):
+                raise ConfigError(
+                    f"data.{key}={name}: the first rows of {files[0]} have no such field; "
+                    f"they have {', '.join(found[0])}"
+                )
 
 
 def hash_files(path_text: str) -> str:

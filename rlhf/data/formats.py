@@ -100,10 +100,9 @@ def _plain(value: Any) -> Any:
 def parse_prompt_response(row: Fields) -> Record:
     """Prompt and response under any of their usual names; either may be a list of messages."""
     name = _present(row, PROMPT_FIELDS)
-    prompt: PromptContent
     if name is None:
         raise RowError("field 'prompt' is missing (or 'instruction', 'question')")
-    prompt = messages_of(row[name], name) if isinstance(row[name], list) else _text(row, name)
+    prompt = _prompt(row, name)
     if name == "instruction" and isinstance(prompt, str) and row.get("input"):
         prompt = f"{prompt}\n\n{_text(row, 'input')}"
     response_name = _present(row, RESPONSE_FIELDS)
@@ -133,7 +132,7 @@ def parse_preference(row: Fields) -> Record:
     elif row.get("prompt") is None:
         prompt, chosen, rejected = split_shared_start(_text(row, "chosen"), _text(row, "rejected"))
     else:
-        prompt = messages_of(row["prompt"], "prompt") if isinstance(row["prompt"], list) else _text(row, "prompt")
+        prompt = _prompt(row, "prompt")
         chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     return _comparison(prompt, chosen, rejected, row)
 
@@ -190,8 +189,7 @@ def _is_transcript_pair(row: Fields) -> bool:
     return row.get("prompt") is None and all(isinstance(text, str) and ASSISTANT in text for text in texts)
 
 
-_BOTH = (Demonstration, Prompt)
-_ALL = (Comparison, Demonstration, Prompt)
+_BOTH, _ALL = (Demonstration, Prompt), (Comparison, Demonstration, Prompt)
 # The order is that of detection: a format whose fields another also has comes first.
 FORMATS: dict[str, Format] = {
     "hh": Format(
@@ -288,6 +286,10 @@ def _text(row: Fields, name: str) -> str:
     return value
 
 
+def _prompt(row: Fields, name: str) -> PromptContent:
+    return messages_of(row[name], name) if isinstance(row[name], list) else _text(row, name)
+
+
 def _role(value: Any, name: str) -> Role:
     role = ROLE_NAMES.get(value.lower()) if isinstance(value, str) else None
     if role is None:
@@ -353,9 +355,7 @@ def _conversational_pair(row: Fields) -> tuple[PromptContent, str, str]:
     """A pair of lists of messages: whole conversations, or answers to the conversation in `prompt`."""
     before: tuple[Message, ...] = ()
     if row.get("prompt") is not None:
-        before = _as_messages(
-            messages_of(row["prompt"], "prompt") if isinstance(row["prompt"], list) else _text(row, "prompt")
-        )
+        before = _as_messages(_prompt(row, "prompt"))
     sides = []
     for name in ("chosen", "rejected"):
         value = row[name]

@@ -9,8 +9,7 @@ from typing import assert_never
 
 from rlhf.config.data import DataConfig, EmbeddedData, FileData, HubData, LabelledTextData
 from rlhf.data import labelled_text
-from rlhf.data.files import check_files, hash_files, load_files
-from rlhf.data.folders import find_files
+from rlhf.data.files import check_files, check_labelled_files, hash_files, load_files
 from rlhf.data.hub import check_hub, hash_hub, load_hub
 from rlhf.data.splits import Splits
 from rlhf.errors import ConfigError
@@ -149,7 +148,7 @@ def preflight(config: DataConfig) -> None:
         case FileData():
             check_files(config)
         case LabelledTextData():
-            find_files(config.path)
+            check_labelled_files(config)
         case HubData():
             check_hub(config)
         case _:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T", Prompt, Demonstration, Comparison)
-# A letter that every vocabulary has and no pre-tokenizer merges with the white space around it.
 PROBE = "a"
-ANCHOR = "\n"
+# Tried in turn until one does not merge with the text behind it: a line break before words, a letter before breaks.
+ANCHORS = ("\n", PROBE)
 # Stands for an answer, to find what a chat template writes around it; a text that no data has and no template trims.
 MARK = "\u241eanswer\u241e"
 
@@ -172,9 +172,10 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def _encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text that continues another one."""
     if _traits(tokenizer).adds_space:
-        anchor, together = _encode(tokenizer, ANCHOR), _encode(tokenizer, ANCHOR + text)
-        if together[: len(anchor)] == anchor:
-            return together[len(anchor) :]
+        for anchor in ANCHORS:
+            before, together = _encode(tokenizer, anchor), _encode(tokenizer, anchor + text)
+            if together[: len(before)] == before:
+                return together[len(before) :]
     return _encode(tokenizer, text)
 
 

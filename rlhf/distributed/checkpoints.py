@@ -73,7 +73,7 @@ def commit(folder: Path, shape: CheckpointShape) -> None:
 
 
 def verify(folder: Path) -> CheckpointShape:
-    """The shape that wrote the checkpoint. Raises `ArtifactError` when it is missing, unfinished, cut short or altered."""
+    """The shape that wrote the checkpoint. Raises `ArtifactError` when it is missing, cut short or altered."""
     try:
         marker = json.loads((folder / MARKER).read_text())
         shape = CheckpointShape(**marker["shape"])

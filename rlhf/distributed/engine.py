@@ -112,6 +112,11 @@ class TrainingEngine:
             _accelerator=accelerator,
         )
 
+    @property
+    def _sharded(self) -> Any:
+        """DeepSpeed's engine: `module` at stages 1 to 3. DeepSpeed has no types."""
+        return self.module
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision training forwards run in, for calling parts of `unwrapped` by themselves.
 
@@ -124,8 +129,8 @@ class TrainingEngine:
     def backward(self, loss: torch.Tensor) -> None:
         """Adds one micro-batch's gradient.
 
-        `loss` is a scalar, already divided by whatever the whole optimiser step counts over all ranks. Neither ranks nor
-        micro-batches are averaged: the gradient of a step is d(sum of all losses passed, over ranks and micro-batches).
+        `loss` is a scalar, already divided by whatever the whole optimiser step counts over all ranks. Nothing is
+        averaged: the gradient of a step is d(sum of all losses passed, over ranks and micro-batches).
         """
         if self._micro_batches == self.accumulation_steps:
             raise RuntimeError(f"step() is due: {self.accumulation_steps} micro-batches were passed to backward()")
@@ -134,9 +139,9 @@ class TrainingEngine:
             loss.backward()  # type: ignore[no-untyped-call]
             return
         # DeepSpeed averages over the ranks; the division by the accumulation steps is switched off.
-        self.module.backward(loss * self.runtime.world_size, scale_wrt_gas=False)
+        self._sharded.backward(loss * self.runtime.world_size, scale_wrt_gas=False)
         if self._micro_batches < self.accumulation_steps:
-            self.module.step()  # only counts the micro-batch
+            self._sharded.step()  # only counts the micro-batch
 
     def step(self) -> float:
         """Clips, updates, advances the schedule, clears the gradients.
@@ -154,8 +159,8 @@ class TrainingEngine:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         else:
-            self.module.step()
-            norm = self.module.get_global_grad_norm()
+            self._sharded.step()
+            norm = self._sharded.get_global_grad_norm()
         self.scheduler.step()
         return float(norm)
 
@@ -177,7 +182,7 @@ class TrainingEngine:
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
             torch.distributed.all_reduce(flat)
-            parts = flat.split([gradient.numel() for gradient in bucket])
+            parts = torch.split(flat, [gradient.numel() for gradient in bucket])
             for gradient, part in zip(bucket, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
@@ -249,7 +254,7 @@ class TrainingEngine:
     def _write_checkpoint(self, partial: Path, extra: Mapping[str, Any]) -> None:
         """This rank's files."""
         if self.zero_stage > 0:
-            self.module.save_checkpoint(str(partial), tag=_DEEPSPEED_TAG, save_latest=False)
+            self._sharded.save_checkpoint(str(partial), tag=_DEEPSPEED_TAG, save_latest=False)
         elif self.runtime.is_main:
             state = {"module": self.unwrapped.state_dict(), "optimizer": self.optimizer.state_dict()}
             torch.save(state, partial / "training.pt")
@@ -270,7 +275,7 @@ class TrainingEngine:
         if trouble is not None:
             raise ArtifactError(trouble)
         if self.zero_stage > 0:
-            path, _ = self.module.load_checkpoint(
+            path, _ = self._sharded.load_checkpoint(
                 str(folder), tag=_DEEPSPEED_TAG, load_lr_scheduler_states=False, load_optimizer_states=True
             )
             if path is None:
@@ -298,9 +303,9 @@ class TrainingEngine:
         if written == self._shape:
             return None
         return (
-            f"{folder} was written by {written.describe()}; this run is {self._shape.describe()}. A checkpoint continues "
-            "only as it was written: set distributed.num_processes, zero and distributed.precision back, or start "
-            "anew in another run folder."
+            f"{folder} was written by {written.describe()}; this run is {self._shape.describe()}. A checkpoint "
+            "continues only as it was written: set distributed.num_processes, zero and distributed.precision back, "
+            "or start anew in another run folder."
         )
 
 
@@ -333,11 +338,11 @@ def _make_empty(folder: Path) -> None:
 
 def _generator_states(device: torch.device) -> dict[str, Any]:
     """The global random number generators, as plain values that `torch.load(weights_only=True)` reads."""
-    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = numpy.random.get_state()
     version, internal, gauss = random.getstate()
     states: dict[str, Any] = {
         "python": [version, list(internal), gauss],
-        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+        "numpy": [kind, numpy.asarray(keys).tolist(), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":

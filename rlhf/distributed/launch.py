@@ -13,7 +13,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -60,7 +59,7 @@ class LaunchResult:
 
 
 def available_cores() -> int:
-    """CPU cores this process may use: its affinity, and a container's quota (control group version 2) where one is set."""
+    """CPU cores this process may use, by its affinity and by its container's quota (control group version 2)."""
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -177,10 +176,10 @@ def launch(
     """Runs `command` once for each rank and waits until all have ended; no process of theirs is left.
 
     Rank 0 inherits standard output and error; the others write to `log_folder/rank<n>.log` (appended; a temporary
-    folder when None). When a rank fails, the others get SIGTERM and `failure_grace_seconds` later SIGKILL, and the last
-    `tail_lines` of its log go to standard error if it is not rank 0. SIGINT, SIGTERM and SIGHUP to this process are
-    passed on once, as SIGTERM, with `grace_seconds` to end in; a second Ctrl-C kills at once. Must be called from the
-    main thread for the signals to be seen.
+    folder when None). When a rank fails, the others get SIGTERM and `failure_grace_seconds` later SIGKILL; unless it is
+    rank 0, the result carries the last `tail_lines` of its log for the caller to show. SIGINT, SIGTERM and SIGHUP to
+    this process are passed on once, as SIGTERM, with `grace_seconds` to end in; a second Ctrl-C kills at once. Must be
+    called from the main thread for the signals to be seen.
     """
     with contextlib.ExitStack() as stack:
         if log_folder is None:
@@ -195,10 +194,7 @@ def launch(
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve must not matter
         for rank in range(num_processes):
             ranks.start(command, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log_folder)
-        result = _supervise(ranks, watch, grace_seconds, failure_grace_seconds, tail_lines)
-    if result.log_tail:
-        sys.stderr.write(f"{result.describe()}; the end of its output:\n{result.log_tail}\n")
-    return result
+        return _supervise(ranks, watch, grace_seconds, failure_grace_seconds, tail_lines)
 
 
 def _shared_env(num_processes: int, port: int, threads: int) -> dict[str, str]:
@@ -315,7 +311,7 @@ class _Ranks:
                 _signal_group(member.process.pid, signal.SIGKILL)
                 if member.process.returncode:
                     ended.append(number)
-        # Of ranks found dead at once, one that a signal ended is the cause and the others' broken connections its effect.
+        # Of ranks found dead at once, one that a signal ended is the cause, the others' broken connections its effect.
         self._failures += sorted(ended, key=lambda number: self.members[number].process.returncode > 0)
         return not all(member.reaped for member in self.members)
 

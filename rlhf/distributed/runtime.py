@@ -81,7 +81,8 @@ class Runtime:
             _prepare_deepspeed(device)
         _seed_everything(seed)
         if device.type == "cpu":
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            # What use_deterministic_algorithms(True, warn_only=True) does, which imports the compiler for a second.
+            torch.set_deterministic_debug_mode("warn")
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         return cls(rank, world_size, local_rank, device, precision)
 
@@ -108,7 +109,7 @@ class Runtime:
         return box[0]
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A new tensor, on the device and in the dtype of `tensor`: the sum over the ranks, equal bits on every rank."""
+        """A new tensor like `tensor`: the sum over the ranks, with equal bits on every rank."""
         if self.world_size == 1:
             return tensor.clone()
         total = tensor.detach().to(self.device, copy=True)
@@ -145,7 +146,7 @@ def reset_library_state() -> None:
     if "transformers.integrations.deepspeed" in sys.modules:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()
+        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
 
 
 def _identity(config: DistributedConfig) -> tuple[int, int, int, int]:
@@ -154,7 +155,8 @@ def _identity(config: DistributedConfig) -> tuple[int, int, int, int]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    if local_world_size != config.num_processes:
+    # Started by another launcher on several hosts, the configuration may count the processes of all of them.
+    if config.num_processes not in (local_world_size, world_size):
         raise ConfigError(
             f"distributed.num_processes is {config.num_processes}, but this host runs {local_world_size} "
             f"process{'es' if local_world_size > 1 else ''} (world size {world_size}). "

@@ -19,6 +19,8 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 36
 MAX_LINE_POINTS = 400
 MAX_HOVER_POINTS = 120
 FEW_POINTS = 12
+# A y beyond it (NaN, too) is a gap: the range of larger ones would overflow.
+LARGEST = 1e300
 PointT = TypeVar("PointT")
 
 
@@ -189,7 +191,7 @@ def _finite_runs(series: Series) -> list[list[tuple[float, float]]]:
     """The series cut at its gaps, ordered by x."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in sorted(series.points, key=lambda point: point[0]):
-        if y is None or not math.isfinite(y):
+        if y is None or not abs(y) < LARGEST:
             runs.append([])
         else:
             runs[-1].append((x, y))

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 KEY_METRICS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "sft": (
         ("loss", ("sft/loss",)),
-        ("validation", ("sft/validation_loss", "sft/eval_loss")),
+        ("validation", ("sft/validation_loss",)),
     ),
     "reward_model": (
         ("loss", ("reward_model/loss",)),
         ("accuracy", ("reward_model/accuracy",)),
-        ("validation", ("reward_model/validation_accuracy", "reward_model/eval_accuracy")),
+        ("validation", ("reward_model/validation_accuracy",)),
     ),
     "ppo": (
         ("score", ("ppo/score_mean",)),
@@ -34,11 +34,14 @@ KEY_METRICS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("length", ("ppo/response_length",)),
         ("stopped", ("ppo/stopped_fraction",)),
     ),
-    "collect": (("comparisons", ("collect/num_comparisons",)),),
-    "evaluate": (("prompts", ("evaluate/num_prompts",)),),
+    "collect": (("comparisons", ("collect/comparisons",)), ("gold score", ("collect/gold_score_mean",))),
+    "evaluate": (("responses", ("evaluate/policy_responses",)), ("win rate", ("evaluate/win_rate",))),
 }
 # The result a stage's row of the summary shows; a stage that is not here shows its first numbers.
 KEY_RESULTS: dict[str, tuple[str, ...]] = {
+    "sft": ("validation_loss", "loss"),
+    "reward_model": ("accuracy", "validation_accuracy"),
+    "ppo": ("ppo/score_mean", "ppo/kl_to_reference"),
     "evaluate": ("win_rate",),
 }
 MAX_RESULTS = 3
@@ -64,9 +67,9 @@ class StageProgress:
         self.total_steps = total_steps
         self._stream = stream or sys.stdout
         self._clock = clock
-        self._initial_step = initial_step
         self._step = initial_step
         self._started = clock()
+        self._first: tuple[float, int] | None = None
         self._numbers: dict[str, float] = {}
         self._printed: tuple[float, int] | None = None
         self._line_is_news = False
@@ -75,6 +78,8 @@ class StageProgress:
     def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Shows that `step` is done. Key numbers that `metrics` does not have keep their last value."""
         self._step = step
+        if self._first is None:
+            self._first = (self._clock(), step)
         for name, candidates in KEY_METRICS.get(self.stage, ()):
             found = [metrics[candidate] for candidate in candidates if metrics.get(candidate) is not None]
             if found and found[0] is not None:
@@ -112,13 +117,14 @@ class StageProgress:
         return parts + [f"{name} {results.format_number(value)}" for name, value in self._numbers.items()]
 
     def _eta(self) -> float | None:
-        done = self._step - self._initial_step
-        if self.total_steps is None or done <= 0:
+        """Seconds to go, at the pace since the first update: loading and compiling before it say nothing of it."""
+        if self.total_steps is None or self._first is None or self._step <= self._first[1]:
             return None
-        return (self._clock() - self._started) / done * max(0, self.total_steps - self._step)
+        since, at_step = self._first
+        return (self._clock() - since) / (self._step - at_step) * max(0, self.total_steps - self._step)
 
     def _is_due(self) -> bool:
-        if self._printed is None or self._step == self.total_steps:
+        if self._printed is None:
             return True
         since, at_step = self._clock() - self._printed[0], self._printed[1]
         if since >= PLAIN_LONGEST_SILENCE:
@@ -220,7 +226,8 @@ def _key_results(row: results.StageRow) -> str:
     names = [name for name in KEY_RESULTS.get(row.name, ()) if name in row.summary]
     if not names:
         names = [name for name, value in row.summary.items() if results.estimate(value) is not None][:MAX_RESULTS]
-    return ", ".join(f"{name} {results.format_estimate(results.estimate(row.summary[name]))}" for name in names)
+    shown = ((name.rpartition("/")[2], results.estimate(row.summary[name])) for name in names)
+    return ", ".join(f"{name} {results.format_estimate(value)}" for name, value in shown)
 
 
 def print_summary(run: RunFolder, stream: TextIO | None = None) -> None:

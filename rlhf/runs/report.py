@@ -80,7 +80,9 @@ def _results(run: RunFolder, config: Mapping[str, Any]) -> str:
     evaluate = config.get("evaluate")
     confidence = evaluate.get("confidence") if isinstance(evaluate, dict) else None
     table = sections.evaluation_table(rows, confidence if isinstance(confidence, float) else None)
-    fold = f"<h3>Before and after</h3>{table}" if table else ""
+    count = results.estimate(result.summary.get("num_prompts")) if result else None
+    size = f" on {count.value:,.0f} held-out prompts" if count else ""
+    fold = f"<h3>Before and after{size}</h3>{table}" if table else ""
     return f'<section id="results"><h2>Results</h2>{sections.headline(rows)}{fold}</section>'
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +13,7 @@ from rlhf.runs.charts import Series, interval_bar, line_chart, path_chart
 from rlhf.runs.results import Comparison, Estimate
 
 MAX_SAMPLES = 200
+MIN_POINTS = 4
 MAX_ROLLOUTS = 300
 NUM_CARDS = 4
 # Which results come first at the top of the report: a name, or what it ends with.
@@ -33,7 +35,7 @@ def _chart(title: str, unit: str, *names: str) -> Chart:
 
 
 def _training(stage: str, title: str, unit: str, metric: str) -> Chart:
-    names = (("training", metric), ("validation", f"validation_{metric}"), ("validation", f"eval_{metric}"))
+    names = (("training", metric), ("validation", f"validation_{metric}"), ("test", f"test_{metric}"))
     return Chart(title, unit, tuple((legend, f"{stage}/{name}") for legend, name in names))
 
 
@@ -111,19 +113,21 @@ def evaluation_table(rows: Sequence[Comparison], confidence: float | None) -> st
 
 def curves(stage: str, entries: Sequence[Mapping[str, Any]]) -> str:
     """The stage's charts; numbers that have none of their own are in a fold. Empty when nothing was logged."""
-    names = sorted({name for entry in entries for name in entry} - {"stage", "step"})
-    known: set[str] = set()
+    counts = Counter(name for entry in entries for name in entry)
+    # What is measured once or twice is a result, shown elsewhere, unless a chart is meant for it.
+    charted = {name for chart in CHARTS.get(stage, ()) for _, name in chart.lines}
+    names = sorted(name for name in counts if name in charted or counts[name] >= MIN_POINTS)
+    names = [name for name in names if name not in ("stage", "step")]
     figures = []
     if stage == "ppo":
         figures.append(_frontier(entries))
     for chart in CHARTS.get(stage, ()):
         lines = [Series(legend, _points(entries, name)) for legend, name in chart.lines if name in names]
-        known.update(name for _, name in chart.lines)
         figures.append(line_chart(chart.title, lines, x_label="step", y_label=chart.unit))
     others = [
         line_chart(results.label(name), [Series(name, _points(entries, name))], x_label="step", y_label=name)
         for name in names
-        if name not in known
+        if name not in charted
     ]
     main, more = "".join(figures), "".join(others)
     if not main:

@@ -60,11 +60,18 @@ def _number(value: Any) -> float | None:
 
 
 def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
-    """The evaluation's metrics: `x_policy` with `x_baseline` becomes one row, in the order of the summary."""
+    """The evaluation's metrics: `x_policy` with `x_baseline` becomes one row, in the order of the summary.
+
+    Counts (`num_...`) are no metrics.
+    """
     rows = []
     for name, value in summary.items():
         after = estimate(value)
-        if after is None or (name.endswith(BASELINE) and name.removesuffix(BASELINE) + POLICY in summary):
+        if (
+            after is None
+            or name.startswith("num_")
+            or (name.endswith(BASELINE) and name.removesuffix(BASELINE) + POLICY in summary)
+        ):
             continue
         if name.endswith(POLICY):
             stem = name.removesuffix(POLICY)

@@ -89,6 +89,7 @@ class Tracker:
             return
         for row in rows:
             self._samples.append({"stage": self.stage, "step": step, **row})
+        self.progress(step)
         if self._wandb is not None:
             self._wandb.log_samples(self._metrics.num_lines, step, rows)
 

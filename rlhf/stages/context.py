@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.models.loading import quiet
 from rlhf.models.saving import save_model
 from rlhf.runs.files import PARTIAL, discard, disk_errors, publish_folder
 
@@ -51,7 +52,7 @@ def save_partial(
 ) -> None:
     """Writes folder `name` of the stage under its unfinished name. Rank 0 alone calls it. Raises `DiskFullError`."""
     temporary = partial_folder(context, name)
-    with disk_errors(temporary):
+    with disk_errors(temporary), quiet():
         discard(temporary)
         save_model(model, tokenizer, temporary, state_dict=state_dict)
 

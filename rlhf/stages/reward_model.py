@@ -22,9 +22,8 @@ from rlhf.ops.sequences import right_pad
 from rlhf.records import Comparison, read_records
 from rlhf.rewards.learned import STATISTICS_FILE
 from rlhf.runs.files import write_json
-from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, StageOutput, partial_folder, publish, save_partial
-from rlhf.stages.trl_adapter import Training, plan_schedule, resume_step
+from rlhf.stages.trl_adapter import Training, open_tracker, plan_schedule
 from rlhf.stages.trl_checkpoints import find_checkpoint
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def run(context: StageContext) -> StageOutput:
     #    since transformers finds the last token of a row by it.
     scalar = ScalarModel.from_policy(base, seed=config.seed, config=config.model, key="reward_model.base")
     model: PreTrainedModel = scalar.model
-    tokenizer = load_tokenizer(base, config.model)
+    tokenizer = load_tokenizer(base, config.model, "reward_model.base")
     check_vocabulary(model, tokenizer, base)
     tokenizer = ensure_distinct_pad(tokenizer, model)
     _keep_logits_in_float32(model)
@@ -55,18 +54,8 @@ def run(context: StageContext) -> StageOutput:
     )
     # 3. Train, from the newest whole checkpoint if there is one.
     checkpoint, note = find_checkpoint(context)
-    with Tracker.open(
-        context.run,
-        config.tracking,
-        "reward_model",
-        schedule.num_steps,
-        resume_step(checkpoint, schedule),
-        config.model_dump(mode="json"),
-        context.runtime.is_main,
-    ) as tracker:
-        splits.report(tracker.message)
-        if note:
-            tracker.message(note)
+    notes = [note, str(splits.bad_rows) if splits.bad_rows else None]
+    with open_tracker(context, schedule, checkpoint, notes) as tracker:
         training = Training(
             "reward_model",
             context,

@@ -19,9 +19,8 @@ from rlhf.models.positions import check_positions
 from rlhf.models.scratch import build_from_scratch
 from rlhf.ops.logprobs import token_logprobs
 from rlhf.ops.sequences import position_ids, right_pad
-from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, StageOutput, publish, publish_model, save_partial
-from rlhf.stages.trl_adapter import Training, plan_schedule, resume_step
+from rlhf.stages.trl_adapter import Training, open_tracker, plan_schedule
 from rlhf.stages.trl_checkpoints import find_checkpoint
 
 if TYPE_CHECKING:
@@ -38,8 +37,9 @@ def run(context: StageContext) -> StageOutput:
     # 1. The model to start from, equal on all ranks. It is loaded before the trainer's arguments are made, which under
     #    ZeRO-3 would shard it. Training keeps float32 weights; autocast or DeepSpeed does the rest.
     base = base_model(context)
-    tokenizer = load_tokenizer(base, config.model)
-    model = load_policy(base, config.model, torch.float32)
+    key = "model.path" if section.base is None else "sft.base"
+    tokenizer = load_tokenizer(base, config.model, key)
+    model = load_policy(base, config.model, torch.float32, key)
     check_vocabulary(model, tokenizer, base)
     # 2. The demonstrations as token ids.
     splits = fit_lengths(load_demonstrations(config.data), tokenizer, config.data)
@@ -49,18 +49,8 @@ def run(context: StageContext) -> StageOutput:
     schedule = plan_schedule(section, name="sft", num_examples=len(train), world_size=context.runtime.world_size)
     # 3. Train, from the newest whole checkpoint if there is one.
     checkpoint, note = find_checkpoint(context)
-    with Tracker.open(
-        context.run,
-        config.tracking,
-        "sft",
-        schedule.num_steps,
-        resume_step(checkpoint, schedule),
-        config.model_dump(mode="json"),
-        context.runtime.is_main,
-    ) as tracker:
-        splits.report(tracker.message)
-        if note:
-            tracker.message(note)
+    notes = [note, str(splits.bad_rows) if splits.bad_rows else None]
+    with open_tracker(context, schedule, checkpoint, notes) as tracker:
         training = Training(
             "sft",
             context,

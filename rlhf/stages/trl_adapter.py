@@ -26,7 +26,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 from rlhf.distributed.runtime import reset_library_state
 from rlhf.distributed.zero import deepspeed_json
 from rlhf.errors import ConfigError, DataError
+from rlhf.models.loading import quiet
 from rlhf.runs.files import disk_errors
+from rlhf.runs.tracking import Tracker
 from rlhf.stages.trl_checkpoints import Checkpoint, complete_checkpoint
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState
 
     from rlhf.config.training import TrainingConfig
-    from rlhf.runs.tracking import Tracker
     from rlhf.stages.context import StageContext
 
 Kind = Literal["sft", "reward_model"]
@@ -227,7 +228,7 @@ def _renamed(logs: Mapping[str, float], stage: str, step: int, schedule: Schedul
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         yield
 
@@ -313,6 +314,22 @@ class Training:
         del self.trainer
 
 
-def resume_step(checkpoint: Checkpoint | None, schedule: Schedule) -> int:
-    """The last step whose metrics are kept on a resume. The very last step's line is always written anew."""
-    return 0 if checkpoint is None else min(checkpoint.step, schedule.num_steps - 1)
+def open_tracker(
+    context: StageContext, schedule: Schedule, checkpoint: Checkpoint | None, notes: Sequence[str | None]
+) -> Tracker:
+    """The stage's tracker, its files taken back to `checkpoint`; prints those of `notes` that are there."""
+    # The very last step's line is always written anew, since what it says is measured after the last checkpoint.
+    resume_step = 0 if checkpoint is None else min(checkpoint.step, schedule.num_steps - 1)
+    tracker = Tracker.open(
+        context.run,
+        context.config.tracking,
+        context.stage.name,
+        schedule.num_steps,
+        resume_step,
+        context.config.model_dump(mode="json"),
+        context.runtime.is_main,
+    )
+    for note in notes:
+        if note:
+            tracker.message(note)
+    return tracker

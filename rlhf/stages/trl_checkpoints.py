@@ -69,8 +69,8 @@ def _search(context: StageContext) -> tuple[Checkpoint | None, str | None]:
 def _layout(context: StageContext) -> str:
     """What has to be equal for a checkpoint to be readable. Without DeepSpeed the number of ranks does not matter."""
     zero = context.config.zero.stage
-    ranks = f", {context.runtime.world_size} ranks" if zero else ""
-    return f"zero.stage={zero}{ranks}, {context.runtime.precision}"
+    ranks = f", processes={context.runtime.world_size}" if zero else ""
+    return f"zero.stage={zero}{ranks}, precision={context.runtime.precision}"
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:

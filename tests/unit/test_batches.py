@@ -192,6 +192,10 @@ def test_after_eos_trains_the_value_after_the_end() -> None:
     assert batch.returns[0, 2].item() == pytest.approx(scored.scores[0].item())
     assert batch.advantages[0, 2].item() == 0.0
     assert torch.equal(batch.advantages != 0, batch.response_mask)
+    # Whitening counts tokens only: the slot after EOS has no token whose advantage it could be.
+    whitened = make_ppo_batch(scored, **{**SETTINGS, "score_position": "after_eos"}).advantages
+    assert whitened[batch.response_mask].mean().item() == pytest.approx(0.0, abs=1e-9)
+    assert (whitened[~batch.response_mask] == 0).all()
 
 
 @given(number=st.sampled_from(FILLS), position=st.sampled_from(["last_token", "after_eos"]), seed=st.integers(0, 99))
@@ -259,7 +263,7 @@ def test_ranks_and_micro_batches_change_nothing_rows_11_12(seed: int, ranks: int
     sent = [ScoredRollout.concatenate(pieces[rank::ranks]).to_tensors() for rank in range(ranks)]
     received = ScoredRollout.concatenate([ScoredRollout.from_tensors(tensors) for tensors in sent])
     batch = make_ppo_batch(received, **SETTINGS)
-    found = _step(batch, list(torch.randperm(6).split(4)))
+    found = _step(batch, list(torch.split(torch.randperm(6), 4)))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 

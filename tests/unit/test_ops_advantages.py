@@ -77,7 +77,9 @@ def test_against_oracle_rows_1_3_28(
     lengths = mask.sum(1).tolist()
     expected = oracles.ppo_advantages(scores.numpy(), log_ratios.numpy(), values.numpy(), lengths, 0.3, gamma, lam)
     rewards = token_rewards(scores=scores, kl=fill(log_ratios, mask, number), mask=mask, kl_coefficient=0.3)
-    advantages, returns = gae(rewards=rewards, values=fill(values, mask, number), mask=mask, gamma=gamma, lam=lam)
+    advantages, returns = gae(
+        rewards=fill(rewards, mask, number), values=fill(values, mask, number), mask=mask, gamma=gamma, lam=lam
+    )
     for found, right in zip((rewards, advantages, returns), expected, strict=True):
         np.testing.assert_allclose(found.numpy(), right, rtol=1e-9, atol=1e-9)
         assert (found[~mask] == 0).all()
@@ -157,7 +159,7 @@ def test_penalty_alone_pulls_towards_the_reference_row_5() -> None:
     """Row 5: with a score of 0 the only reward is the penalty; a policy step on it lowers KL(policy, reference)."""
     reference = torch.zeros(1, 1, 4)
     policy = torch.tensor([[[2.0, 0.0, 0.0, -1.0]]], requires_grad=True)
-    tokens = torch.distributions.Categorical(logits=policy.detach()[0, 0]).sample((4000, 1))
+    tokens = torch.multinomial(policy.detach()[0].softmax(-1), 4000, replacement=True).T
     logprobs = token_logprobs(logits=policy.expand(4000, 1, 4), tokens=tokens, temperature=1.0)
     old = logprobs.detach()
     theirs = token_logprobs(logits=reference.expand(4000, 1, 4), tokens=tokens, temperature=1.0)

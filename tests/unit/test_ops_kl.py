@@ -97,7 +97,7 @@ def test_a_step_with_the_kl_alone_lowers_it_row_5(loss: str) -> None:
     if loss == "full":
         backward(before)
     else:
-        tokens = torch.distributions.Categorical(logits=policy.detach()[0, 0]).sample((1, 4000))
+        tokens = torch.multinomial(policy.detach()[0].softmax(-1), 4000, replacement=True)
         mine = token_logprobs(logits=policy.expand(1, 4000, 6), tokens=tokens, temperature=1.0)
         theirs = token_logprobs(logits=reference.expand(1, 4000, 6), tokens=tokens, temperature=1.0)
         estimate = {"k2": k2, "k3": k3}[loss](logprobs=mine, reference_logprobs=theirs)

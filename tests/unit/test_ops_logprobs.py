@@ -86,11 +86,11 @@ def test_blocks_cover_every_token_once(max_entries: int) -> None:
     assert (seen == 1).all()
 
 
-class _Float32Sizes(TorchDispatchMode):
+class _Float32Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the size of every float32 tensor that any operation returns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:

@@ -164,7 +164,7 @@ def test_partition_invariance_rows_11_and_18(case: tuple[Tensor, torch.Generator
     order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
     split = arguments["logprobs"].clone().requires_grad_()
     total, counted, merged = torch.zeros(()), torch.zeros((), dtype=torch.long), None
-    for rows in order.split(2):
+    for rows in torch.split(order, 2):
         part_sum, part_count, part_metrics = run(split, rows, max(1, int(mask[rows].sum(1).max())))
         backward(part_sum / count)
         total, counted = total + part_sum.detach(), counted + part_count

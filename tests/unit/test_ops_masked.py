@@ -69,6 +69,7 @@ def test_whitening_moves_the_mean_only_when_asked_row_31(shift_mean: bool) -> No
     whitened = masked_whiten(values=values, mask=mask, shift_mean=shift_mean)
     assert masked_mean(values=whitened, mask=mask).item() == pytest.approx(0.0 if shift_mean else 6.0, abs=1e-6)
     assert masked_var(values=whitened, mask=mask).item() == pytest.approx(1.0, abs=1e-5)
+    assert (whitened[~mask] == 0).all()
 
 
 @given(case=ragged())

@@ -20,7 +20,7 @@ from rlhf.records import Demonstration, Prompt, prompt_key
 CORPUS_VERSION = 1
 
 REPETITIVE_SHARE = 0.15
-BROKEN_SHARE = 0.05
+BROKEN_SHARE = 0.03
 SPLITTING = SplitConfig(validation=0.04, test=0.06, salt="rlhf-embedded")
 
 

@@ -106,18 +106,6 @@ TOPICS: tuple[Topic, ...] = (
         revisit="stay there",
         facts=("We stayed for <count> nights .", "I slept on the <number> floor .", "We parked near the <place> ."),
     ),
-    Topic(
-        name="phone",
-        nouns=("phone", "tablet"),
-        encounters=("bought", "ordered"),
-        preposition="of",
-        singular=("screen", "camera", "sound", "design"),
-        plural=("keys", "photos", "menus"),
-        positive={"fast": 0.6, "bright": 0.6, "sharp": 0.8},
-        negative={"weak": -0.6, "faulty": -0.8, "cheap": -0.4},
-        revisit="buy it",
-        facts=("It came with <count> cables .", "I use it near the <place> .", "We own the <number> version ."),
-    ),
 )
 
 

@@ -24,7 +24,7 @@ from rlhf.models.positions import check_positions
 from rlhf.ops.masked import explained_variance, masked_sum
 from rlhf.records import prompt_to_json
 from rlhf.runs.tracking import Tracker
-from rlhf.stages.context import StageContext, StageOutput, publish, write_model
+from rlhf.stages.context import StageContext, StageOutput, publish, save_partial
 from rlhf.stages.ppo.models import PPOModels, load_models
 from rlhf.stages.ppo.rollout import Row, choose_prompts, sample_rollouts, score_rollout
 from rlhf.stages.ppo.update import num_micro_batches, optimise
@@ -216,10 +216,10 @@ def _publish(context: StageContext, engine: TrainingEngine, models: PPOModels) -
         ("model", module.policy, models.tokenizer, "policy."),
         ("value_model", module.critic.model, models.critic_tokenizer, "critic.model."),
     )
-    written = [
-        write_model(context, model, tokenizer, state_dict=engine.state_dict_for_saving(prefix), name=name)
-        for name, model, tokenizer, prefix in parts
-    ]
-    for temporary in written:
-        publish(context, temporary)
+    for name, model, tokenizer, prefix in parts:
+        state = engine.state_dict_for_saving(prefix)
+        if context.runtime.is_main:
+            save_partial(context, name, model, tokenizer, state)
+    for name, *_ in parts:
+        publish(context, name)
     return [name for name, *_ in parts]

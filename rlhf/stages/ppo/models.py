@@ -82,7 +82,7 @@ def load_models(context: StageContext) -> PPOModels:
         disable_dropout(model)
     if config.ppo.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
-        critic.gradient_checkpointing_enable()
+        critic.model.gradient_checkpointing_enable()
     _same_vocabulary(policy, reference, inputs)
     return PPOModels(tokenizer, ActorCritic(policy, critic), reference, reward, critic_tokenizer)
 

@@ -71,6 +71,8 @@ def optimise(
 ) -> UpdateStatistics:
     """`num_epochs` passes over the global batch, `num_minibatches` optimiser steps each."""
     statistics = UpdateStatistics()
+    # Dropout is off in either mode; gradient checkpointing works in training mode only, and rollouts need a cache.
+    engine.module.train()
     for epoch in range(section.num_epochs):
         for rows in minibatches(len(batch), section, seed, update, epoch):
             mine = rows[runtime.rank :: runtime.world_size]
@@ -82,6 +84,7 @@ def optimise(
                 engine.backward(loss)
                 statistics.add(metrics)
             statistics.grad_norms.append(engine.step())
+    engine.module.eval()
     return statistics
 
 

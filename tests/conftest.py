@@ -1,0 +1,30 @@
+"""Settings of every test: no network, one thread for each process, the same random numbers each time."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Before any library is imported: these are read at import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# The same examples in every run, and no time limit for one of them: machines that run tests are slow at times.
+settings.register_profile("rlhf", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("rlhf")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

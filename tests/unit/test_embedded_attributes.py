@@ -1,0 +1,135 @@
+"""Attributes and gold reward: hand-worked values, and agreement with what the grammar meant to say."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.data.embedded import gold_attributes, gold_reward, length, lexicon, repetition, sentiment
+from rlhf.data.embedded.reviews import CONTINUATION_TONES, GRAMMARS, TONES
+
+PROMPT = "My cousin and I saw the new film on Friday ."
+words = st.lists(st.sampled_from([*lexicon.POLAR_WORDS, *lexicon.MODIFIERS, "not", "never", "and", ".", "the", "was"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", 0.0),
+        (" It ran for two hours .", 0.0),
+        (" The music was good .", 0.6),
+        (" The music was very good .", 0.75),  # 0.6 * 1.25
+        (" The music was quite good .", 0.45),  # 0.6 * 0.75
+        (" The music was very wonderful .", 1.0),  # 1.25, cut to 1
+        (" The music was not good .", -0.3),  # 0.6 * -0.5
+        (" The music was not very good .", -0.375),
+        (" The music was not bad .", 0.3),
+        (" We would never recommend it to my friends .", -0.4),  # 0.8 * -0.5
+        (" I did not enjoy the end .", -0.4),
+        (" We will see it again .", 0.8),
+        (" The music was good and the songs were terrible .", -0.2),  # (0.6 - 1) / 2
+        (" The music was not good and the songs were good .", 0.15),  # the negation ends at "and"
+        (" The music was good . It ran for two hours .", 0.3),  # a sentence without opinion counts as 0
+        (" The music was good . The plot was terrible", -0.2),  # an unfinished sentence counts
+        (" GOOD", 0.6),
+    ],
+)
+def test_sentiment_by_hand(text: str, value: float) -> None:
+    assert sentiment(text) == pytest.approx(value)
+
+
+def test_sentiment_has_the_sign_that_the_grammar_meant() -> None:
+    generator = random.Random(3)
+    for grammar in GRAMMARS.values():
+        for tone in TONES:
+            for _ in range(200):
+                value = sentiment(grammar.sample(f"sentence_{tone}", generator))
+                if tone != "mixed":
+                    assert (value > 0) - (value < 0) == {"positive": 1, "negative": -1, "neutral": 0}[tone]
+        for kind in ("singular", "plural"):
+            for tone in CONTINUATION_TONES[:2]:
+                value = sentiment(grammar.sample(f"continuation_{kind}_{tone}", generator))
+                assert value * (1 if tone == "positive" else -1) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", 0.0),
+        (" The music was good .", 0.0),
+        (" great great great", 2 / 3),  # polar words: 1 of 3 is new
+        (" the the the the the", 2 / 3),  # three triples, one of them new
+        (" The plot was good . The plot was good .", 0.5),  # one of two sentences, one of two polar words
+        (" The plot was good . The music was good .", 0.5),
+        (" I loved the plot . We will see it again . I loved the plot .", 1 / 3),
+    ],
+)
+def test_repetition_by_hand(text: str, value: float) -> None:
+    assert repetition(text) == pytest.approx(value)
+
+
+def test_length_leaves_punctuation_out() -> None:
+    assert length(" The plot was good . We saw it .") == 7
+    assert length("") == 0
+
+
+@pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        # 0.5 + 1.5 * (0.75 + 0.8) / 2
+        (" The music was very good . We will see it again .", 1.6625),
+        # 0.5 + 1.5 * 0.6 - 0.5 * (6 - 4) / 6
+        (" The music was good .", 0.5 + 0.9 - 1 / 6),
+        # 0.5 - 1.5, longer than the shortest
+        (" It was a terrible film . I hated the music .", -1.0),
+        # said twice: repetition 0.5
+        (" The music was wonderful . The music was wonderful .", 0.5 + 1.5 - 1.0),
+        # not of the grammar: -1.5 + 0.25 * 0.8 - 2 * 2 / 3 - 0.5 * 3 / 6, cut to -2
+        (" great great great", -2.0),
+        # not of the grammar: -1.5 + 0.25 * mean(1, 1)
+        (" music the was wonderful and it the amazing .", -1.25),
+        ("", -2.0),
+    ],
+)
+def test_gold_reward_by_hand(response: str, value: float) -> None:
+    assert gold_reward(PROMPT, response) == pytest.approx(value)
+
+
+def test_positive_gibberish_scores_below_a_bad_review() -> None:
+    bad_review = gold_reward(PROMPT, " It was a terrible film . I hated the music .")
+    for gibberish in (
+        " wonderful superb amazing great lovely good .",
+        " The wonderful was superb amazing loved again .",
+    ):
+        assert sentiment(gibberish) > 0.5
+        assert gold_reward(PROMPT, gibberish) < bad_review
+
+
+@given(words)
+def test_attributes_and_reward_stay_in_their_bounds(text: list[str]) -> None:
+    response = "".join(f" {word}" for word in text)
+    facts = gold_attributes(PROMPT, response)
+    assert set(facts) == {"sentiment", "grammatical", "repetition", "length"}
+    assert -1 <= facts["sentiment"] <= 1
+    assert 0 <= facts["repetition"] < 1
+    assert -2 <= gold_reward(PROMPT, response) <= 2
+
+
+def test_every_attribute_moves_the_reward() -> None:
+    base = " The music was good . We will see it again ."
+    long_text = (
+        " The music was good ."
+        + " The plot was fine and the songs were really great and the cast was not bad" * 3
+        + " ."
+    )
+    for other in (
+        " The music was fine . We will see it again .",
+        " The music was good . We will see it it again .",
+        " The music was good . The music was good .",
+        " The music was good .",
+    ):
+        assert gold_reward(PROMPT, other) < gold_reward(PROMPT, base)
+    assert length(long_text) > 24

@@ -1,0 +1,320 @@
+"""The launcher: environment of the ranks, ends of all kinds, and nothing left behind. No torch is imported here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+import rlhf
+from rlhf.distributed.launch import (
+    LaunchResult,
+    adopt_slurm,
+    available_cores,
+    launch,
+    reserved_port,
+    threads_per_rank,
+    under_launcher,
+)
+
+MARK = "RLHF_TEST_MARK"
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A value in the environment of every process a test starts, by which left-over ones are found."""
+    value = uuid.uuid4().hex
+    monkeypatch.setenv("PYTHONPATH", str(Path(rlhf.__file__).parent.parent))
+    monkeypatch.setenv(MARK, value)
+    yield value
+    for pid in marked(value):
+        os.kill(pid, signal.SIGKILL)
+
+
+def marked(value: str) -> list[int]:
+    """Processes other than this one that carry the mark, zombies included."""
+    found = []
+    for process in psutil.process_iter(["pid"]):
+        if process.pid == os.getpid():
+            continue
+        try:
+            environment = process.environ()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if environment.get(MARK) == value:
+            found.append(process.pid)
+    zombies = [child.pid for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE]
+    return found + zombies
+
+
+def wait_until_gone(value: str, seconds: float) -> list[int]:
+    """The marked processes left after `seconds` at most."""
+    deadline = time.monotonic() + seconds
+    while (left := marked(value)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(code)]
+
+
+def wait_for(*paths: Path, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, f"no {paths}"
+        time.sleep(0.02)
+
+
+def supervisor(tmp_path: Path, rank_code: str, **arguments: float) -> subprocess.Popen[str]:
+    """A process that launches two ranks and prints the result's exit code; returns when both ranks run."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, pathlib, signal, subprocess, sys, time\n"
+        "from rlhf.distributed.launch import die_with_parent\n"
+        "die_with_parent()\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "rank = os.environ['RANK']\n" + textwrap.dedent(rank_code)
+    )
+    keywords = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    code = f"""
+        import sys
+        from rlhf.distributed.launch import launch
+        sys.exit(launch([sys.executable, {str(script)!r}], 2{keywords}).exit_code)
+    """
+    process = subprocess.Popen(python(code), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    return process
+
+
+SLEEP = """
+(folder / f"ready{rank}").touch()
+time.sleep(60)
+"""
+STUBBORN = """
+signal.signal(signal.SIGTERM, lambda *_: (folder / f"asked{rank}").touch())
+subprocess.Popen(["sleep", "60"])
+(folder / f"ready{rank}").touch()
+while True:
+    time.sleep(0.05)
+"""
+POLITE = """
+def end(*_):
+    (folder / f"saved{rank}").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+(folder / f"ready{rank}").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "num_threads"), [(1, None), (2, None), (2, 3)])
+def test_every_rank_gets_its_environment(
+    tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch, number: int, num_threads: int | None
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    code = f"""
+        import json, os, pathlib
+        pathlib.Path({str(tmp_path)!r}, "env" + os.environ["RANK"]).write_text(
+            json.dumps({{**os.environ, "session": os.getsid(0) == os.getpid()}}))
+    """
+    result = launch(python(code), number, env_extra={"COLOUR": "blue"}, num_threads=num_threads)
+    assert result == LaunchResult(0)
+    assert result.describe() == "all ranks succeeded"
+    environments = [json.loads((tmp_path / f"env{rank}").read_text()) for rank in range(number)]
+    for rank, environment in enumerate(environments):
+        assert environment["RANK"] == environment["LOCAL_RANK"] == str(rank)
+        assert environment["WORLD_SIZE"] == environment["LOCAL_WORLD_SIZE"] == str(number)
+        assert environment["COLOUR"] == "blue"
+        assert environment["OMP_NUM_THREADS"] == str(num_threads or max(1, available_cores() // number))
+        assert environment["session"] is True
+    assert len({environment["MASTER_PORT"] for environment in environments}) == 1
+    assert not marked(mark)
+
+
+def test_a_failing_rank_ends_all_and_the_end_of_its_log_is_returned(
+    tmp_path: Path, mark: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = """
+        import os, sys, time
+        print("hello from rank", os.environ["RANK"])
+        if os.environ["RANK"] == "1":
+            print("earlier", *range(50), sep="\\n")
+            sys.exit(7)
+        time.sleep(60)
+    """
+    started = time.monotonic()
+    result = launch(python(code), 2, log_folder=tmp_path)
+    assert time.monotonic() - started < 10
+    assert (result.exit_code, result.rank) == (7, 1)
+    assert result.describe() == "rank 1 ended with exit code 7"
+    assert result.log_tail == "\n".join(str(number) for number in range(30, 50))
+    assert capfd.readouterr() == ("hello from rank 0\n", "")
+    assert (tmp_path / "rank1.log").read_text().startswith("hello from rank 1\n")
+    assert not (tmp_path / "rank0.log").exists()
+    assert not marked(mark)
+
+
+def test_a_killed_rank_is_reported_as_137_and_stubborn_ones_are_killed(tmp_path: Path, mark: str) -> None:
+    code = f"""
+        import os, pathlib, signal, subprocess, time
+        ready = pathlib.Path({str(tmp_path)!r}, "ready")
+        if os.environ["RANK"] == "0":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            subprocess.Popen(["sleep", "60"])
+            ready.touch()
+            time.sleep(60)
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    started = time.monotonic()
+    result = launch(python(code), 2, failure_grace_seconds=0.5)
+    assert time.monotonic() - started < 10
+    assert (result.exit_code, result.rank) == (137, 1)
+    assert "signal 9 (SIGKILL); often this means that memory ran out" in result.describe()
+    assert wait_until_gone(mark, 2) == []
+
+
+def test_what_a_successful_rank_leaves_running_is_ended(mark: str) -> None:
+    code = "import subprocess; subprocess.Popen(['sleep', '60'])"
+    assert launch(python(code), 1).exit_code == 0
+    assert wait_until_gone(mark, 2) == []
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_is_passed_on_and_the_ranks_may_save(tmp_path: Path, mark: str, number: int, exit_code: int) -> None:
+    process = supervisor(tmp_path, POLITE)
+    process.send_signal(number)
+    assert process.wait(timeout=10) == exit_code
+    assert (tmp_path / "saved0").exists()
+    assert (tmp_path / "saved1").exists()
+    assert process.communicate()[0] == ""
+    assert wait_until_gone(mark, 2) == []
+
+
+def test_ranks_that_do_not_end_are_killed_after_the_grace(tmp_path: Path, mark: str) -> None:
+    process = supervisor(tmp_path, STUBBORN, grace_seconds=0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 143
+    assert (tmp_path / "asked1").exists()
+    assert wait_until_gone(mark, 2) == []
+
+
+def test_a_second_interrupt_kills_at_once(tmp_path: Path, mark: str) -> None:
+    process = supervisor(tmp_path, STUBBORN)
+    process.send_signal(signal.SIGINT)
+    wait_for(tmp_path / "asked0", tmp_path / "asked1")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    assert wait_until_gone(mark, 2) == []
+
+
+def test_no_rank_outlives_a_killed_supervisor(tmp_path: Path, mark: str) -> None:
+    process = supervisor(tmp_path, SLEEP)
+    assert len(marked(mark)) == 3
+    process.kill()
+    process.wait()
+    assert wait_until_gone(mark, 5) == []
+
+
+def test_launches_at_the_same_time_get_ports_of_their_own(mark: str) -> None:
+    # Rank 0 listens on the port as torch's store does; rank 1 connects and both exchange the launch's name.
+    code = """
+        import os, socket, time
+        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        if os.environ["RANK"] == "0":
+            server = socket.socket()
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(address)
+            server.listen()
+            connection, _ = server.accept()
+            connection.sendall(os.environ["NAME"].encode())
+        else:
+            for attempt in range(500):
+                try:
+                    client = socket.create_connection(address)
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.02)
+            assert client.recv(100).decode() == os.environ["NAME"]
+    """
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda name: launch(python(code), 2, env_extra={"NAME": name}), ["a", "b", "c", "d"]))
+    assert [result.exit_code for result in results] == [0, 0, 0, 0]
+    with reserved_port() as first, reserved_port() as second:
+        assert first != second
+
+
+def test_a_command_that_is_not_there_raises_and_leaves_nothing(mark: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        launch(["/no/such/program"], 2)
+    assert not marked(mark)
+
+
+def test_configured_threads_come_first_then_the_environment_then_the_cores() -> None:
+    assert threads_per_rank(2, 5, {"OMP_NUM_THREADS": "3"}) == 5
+    assert threads_per_rank(2, None, {"OMP_NUM_THREADS": "3"}) == 3
+    assert threads_per_rank(10**6, None, {}) == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, False),
+        ({"RANK": "0"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "ENVIRONMENT": "BATCH"}, False),  # the batch script itself
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "ENVIRONMENT": "BATCH", "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),  # an interactive shell
+    ],
+)
+def test_a_launcher_is_recognised(env: Mapping[str, str], expected: bool) -> None:
+    assert under_launcher(env) is expected
+
+
+def test_srun_on_several_nodes_is_translated() -> None:
+    env = {
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_NUM_TASKS": "6",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "4,2",
+        "SLURM_STEP_NODELIST": "gpu[03-04]",
+        "SLURM_JOB_ID": "1000",
+        "SLURM_STEP_ID": "2",
+        "MASTER_PORT": "29500",
+    }
+    adopt_slurm(env)
+    assert env["RANK"] == "5"
+    assert env["WORLD_SIZE"] == "6"
+    assert env["LOCAL_RANK"] == "1"
+    assert env["LOCAL_WORLD_SIZE"] == "2"
+    assert env["MASTER_ADDR"] == "gpu03"
+    assert env["MASTER_PORT"] == "29500"  # what is set stays
+
+
+def test_srun_on_one_node_meets_on_the_loopback_and_other_launchers_are_left_alone() -> None:
+    env = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
+    adopt_slurm(env)
+    assert (env["RANK"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"]) == ("1", "1", "2")
+    assert env["MASTER_ADDR"] == "127.0.0.1"
+    assert 15000 <= int(env["MASTER_PORT"]) < 30000
+    untouched = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    adopt_slurm(untouched)
+    assert len(untouched) == 4

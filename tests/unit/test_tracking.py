@@ -1,0 +1,276 @@
+"""Metrics and samples: a resumed run's files equal an undisturbed one's, and W&B never harms a run."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config.tracking import TrackingConfig
+from rlhf.errors import DiskFullError
+from rlhf.runs import wandb_logger
+from rlhf.runs.folder import RunFolder
+from rlhf.runs.metrics_file import rewind
+from rlhf.runs.tracking import Tracker
+from tests.unit.runs_example import read_jsonl
+
+DISABLED = TrackingConfig(wandb="disabled")
+
+
+def log_steps(run: RunFolder, stage: str, first: int, last: int, resume_step: int = 0) -> None:
+    """What a stage does between its start (or resume) and its end (or death)."""
+    with Tracker.open(run, DISABLED, stage, last, resume_step) as tracker:
+        for step in range(first, last + 1):
+            tracker.log(step, {f"{stage}/score": step / 7, f"{stage}/a": step, "perf/x": float("nan")})
+            if step % 2 == 0:
+                tracker.log_samples(step, [{"prompt": "p\n\u2028", "response": f"r{step}"}])
+
+
+def test_line_format(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with Tracker.open(run, DISABLED, "ppo", 1) as tracker:
+        tracker.log(3, {"ppo/b": float("inf"), "ppo/a": 1, "perf/c": 0.5})
+        tracker.log_samples(3, [{"response": "x", "prompt": "y"}])
+        assert run.metrics.read_text() == '{"stage": "ppo", "step": 3, "perf/c": 0.5, "ppo/a": 1, "ppo/b": null}\n'
+        assert run.samples.read_text() == '{"stage": "ppo", "step": 3, "response": "x", "prompt": "y"}\n'
+        with pytest.raises(ValueError, match="'step'"):
+            tracker.log(4, {"step": 1.0})
+
+
+@pytest.mark.parametrize(("checkpoint", "died_at"), [(4, 7), (4, 4), (8, 9), (0, 3)])
+def test_resumed_files_equal_undisturbed_ones(tmp_path: Path, checkpoint: int, died_at: int) -> None:
+    whole, resumed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "resumed")
+    for run in (whole, resumed):
+        log_steps(run, "sft", 0, 12)
+    log_steps(whole, "ppo", 0, 10)
+    log_steps(resumed, "ppo", 0, died_at)
+    for path in (resumed.metrics, resumed.samples):
+        path.write_bytes(path.read_bytes() + b'{"stage": "ppo", "step": 8, "ppo/')
+    log_steps(resumed, "ppo", checkpoint + 1 if checkpoint else 0, 10, resume_step=checkpoint)
+    assert resumed.metrics.read_bytes() == whole.metrics.read_bytes()
+    assert resumed.samples.read_bytes() == whole.samples.read_bytes()
+    assert [entry["step"] for entry in read_jsonl(whole.metrics) if entry["stage"] == "ppo"] == list(range(11))
+
+
+def test_line_torn_anywhere_is_removed(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    log_steps(run, "ppo", 1, 3)
+    content = run.metrics.read_bytes()
+    last = content.rstrip(b"\n").rindex(b"\n") + 1
+    for cut in range(last, len(content)):
+        run.metrics.write_bytes(content[:cut])
+        rewind(run.metrics, "sft", 0)
+        assert run.metrics.read_bytes() == content[:last]
+
+
+def test_rewind_leaves_a_whole_file_alone(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    log_steps(run, "sft", 1, 3)
+    before = run.metrics.stat().st_ino
+    rewind(run.metrics, "ppo", 0)
+    rewind(run.metrics, "sft", 3)
+    assert run.metrics.stat().st_ino == before
+    rewind(tmp_path / "missing", "sft", 0)
+
+
+def test_other_ranks_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Tracker.open(RunFolder(tmp_path / "run"), DISABLED, "ppo", 1, is_main=False) as tracker:
+        tracker.log(1, {"ppo/a": 1.0})
+        tracker.log_samples(1, [{"a": 1}])
+        tracker.progress(1)
+        tracker.message("hello")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_full_disk_while_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path)
+    log_steps(run, "ppo", 1, 2)
+    whole = run.metrics.read_bytes()
+    real = os.write
+
+    def half_then_full(descriptor: int, content: Any) -> int:
+        if len(content) < 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, content[:-10])
+
+    with Tracker.open(run, DISABLED, "ppo", 3, resume_step=2) as tracker:
+        monkeypatch.setattr(os, "write", half_then_full)
+        with pytest.raises(DiskFullError, match=r"metrics\.jsonl"):
+            tracker.log(3, {"ppo/score": 1.0})
+        monkeypatch.undo()
+    assert run.metrics.read_bytes() != whole
+    rewind(run.metrics, "ppo", 2)
+    assert run.metrics.read_bytes() == whole
+
+
+class FakeRun:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.defined: list[tuple[str, dict[str, Any]]] = []
+        self.exit_code: int | None = None
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        self.defined.append((name, options))
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+class FakeWandb(types.ModuleType):
+    """Records what is asked of W&B; `fails` names the modes whose init fails."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs: list[FakeRun] = []
+        self.fails: set[str] = set()
+        self.teardowns = 0
+
+    def init(self, **arguments: Any) -> FakeRun:
+        if arguments["mode"] in self.fails:
+            # W&B has exceptions without a public base class.
+            raise type("ServerError", (Exception,), {"__module__": "wandb.sdk.somewhere"})("no server")
+        self.runs.append(FakeRun(arguments))
+        return self.runs[-1]
+
+    def teardown(self) -> None:
+        self.teardowns += 1
+
+    @staticmethod
+    def Settings(**options: Any) -> dict[str, Any]:  # noqa: N802 - the name W&B has
+        return options
+
+    @staticmethod
+    def Table(columns: list[str], data: list[list[Any]]) -> tuple[list[str], list[list[Any]]]:  # noqa: N802
+        return columns, data
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SILENT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_settings"))
+    return fake
+
+
+def test_wandb_gets_one_run_for_all_stages(tmp_path: Path, wandb: FakeWandb) -> None:
+    run = RunFolder(tmp_path / "run")
+    config = TrackingConfig(project="p", entity="e", tags=("t",))
+    for stage in ("sft", "ppo"):
+        with Tracker.open(run, config, stage, 2, run_config={"experiment": "quickstart"}) as tracker:
+            tracker.log(1, {f"{stage}/loss": 0.5, "perf/x": 2.0, f"{stage}/bad": float("nan")})
+            tracker.log(2, {f"{stage}/loss": 0.25})
+            tracker.log_samples(2, [{"prompt": [{"role": "user"}], "score": 1.0}])
+    sft, ppo = wandb.runs
+    assert sft.arguments["mode"] == "offline"
+    assert sft.arguments["id"] == ppo.arguments["id"] == run.wandb_id.read_text().strip()
+    assert {sft.arguments[name] for name in ("project", "entity", "group", "name")} == {"p", "e", "quickstart", "run"}
+    assert sft.arguments["resume"] == "allow"
+    assert sft.arguments["dir"] == str(run.path)
+    assert ("ppo/*", {"step_metric": "ppo/step"}) in ppo.defined
+    assert sft.logged[0][1]["sft/loss"] == 0.5
+    assert sft.logged[0][1]["sft/perf/x"] == 2.0
+    # W&B's own step goes on from stage to stage.
+    assert [step for step, values in sft.logged + ppo.logged if "sft/samples" not in values] == [0, 1, 2, 3, 4]
+    assert (sft.exit_code, ppo.exit_code) == (0, 0)
+
+
+def test_wandb_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wandb: FakeWandb) -> None:
+    auto = TrackingConfig()
+    assert wandb_logger.resolve_mode(auto) == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai\n login user\n password secret\n")
+    assert wandb_logger.resolve_mode(auto) == "online"
+    (tmp_path / "wandb_settings").mkdir()
+    (tmp_path / "wandb_settings" / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
+    assert wandb_logger.resolve_mode(auto) == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert wandb_logger.resolve_mode(auto) == "online"
+    assert wandb_logger.resolve_mode(TrackingConfig(wandb="offline")) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_logger.resolve_mode(auto) == "disabled"
+    assert wandb_logger.resolve_mode(TrackingConfig(wandb="online")) == "online"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert wandb_logger.resolve_mode(TrackingConfig(wandb="online")) == "disabled"
+
+
+def test_wandb_in_a_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wandb: FakeWandb) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", "given")
+    with Tracker.open(RunFolder(tmp_path / "run"), TrackingConfig(project="p"), "sft", 1):
+        pass
+    arguments = wandb.runs[0].arguments
+    assert arguments["id"] == "given"
+    assert arguments["project"] is None
+
+
+def test_unreachable_server_falls_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    wandb.fails = {"online"}
+    with Tracker.open(RunFolder(tmp_path / "run"), TrackingConfig(), "sft", 1) as tracker:
+        tracker.log(1, {"sft/loss": 1.0})
+    assert wandb.runs[0].arguments["mode"] == "offline"
+    assert wandb.teardowns == 1
+    assert len(wandb.runs[0].logged) == 1
+    assert capsys.readouterr().out.count("no server") == 1
+
+
+def test_wandb_failures_are_told_once(tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path / "run")
+    with Tracker.open(run, TrackingConfig(), "sft", 3) as tracker:
+
+        def broken(values: dict[str, Any], step: int) -> None:
+            raise ConnectionResetError("gone")
+
+        wandb.runs[0].log = broken  # type: ignore[method-assign]
+        for step in (1, 2, 3):
+            tracker.log(step, {"sft/loss": 1.0})
+    assert capsys.readouterr().out.count("gone") == 1
+    assert len(read_jsonl(run.metrics)) == 3
+    with Tracker.open(run, TrackingConfig(), "sft", 3) as tracker:
+
+        def interrupted(values: dict[str, Any], step: int) -> None:
+            raise KeyboardInterrupt
+
+        wandb.runs[1].log = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            tracker.log(1, {"sft/loss": 1.0})
+
+
+def test_real_wandb_offline_is_silent_and_disabled_imports_nothing(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from rlhf.config.tracking import TrackingConfig
+from rlhf.runs.folder import RunFolder
+from rlhf.runs.tracking import Tracker
+run = RunFolder(Path(sys.argv[1]))
+for mode in ("disabled", "offline"):
+    with Tracker.open(run, TrackingConfig(wandb=mode), "sft", 2, run_config={"experiment": "x"}) as tracker:
+        tracker.log(1, {"sft/loss": 1.0})
+        tracker.log_samples(1, [{"prompt": "a", "score": 1.0}])
+        tracker.log(2, {"sft/loss": 0.5})
+    assert ("wandb" in sys.modules) == (mode == "offline")
+"""
+    answer = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr == ""
+    assert "wandb" not in answer.stdout.lower()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
