@@ -113,6 +113,8 @@ def _run_in_ranks(config: RLHFConfig, run: RunFolder, plan: StagePlan, position:
         return EXIT_SUCCESS
     if result.rank is not None and result.log_tail:
         print(f"rlhf: rank {result.rank} failed; the end of its log:\n{result.log_tail}", file=sys.stderr)
+    if result.interrupted_by is not None:
+        print(f"rlhf: interrupted in stage {plan.name}; the same command goes on from there", file=sys.stderr)
     status = "failed" if result.interrupted_by is None else "interrupted"
     manifest.update_stage(run, plan.name, status=status, seconds=round(time.monotonic() - started, 3))
     return result.exit_code

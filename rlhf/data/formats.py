@@ -18,7 +18,7 @@ Texts are taken as they are: a response that should be separated from its prompt
 conversation becomes messages and meets the model through its chat template. An HH transcript stays plain text, as in
 the literature on it: the prompt goes up to and includes the last "\\n\\nAssistant:", the response is the rest.
 
-A field that is null counts as absent. What does not fit raises `RowError`, whose text is the reason shown.
+A null field counts as absent. What does not fit raises `RowError`, whose text is the reason shown.
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ def _has(*names: str) -> Callable[[Fields], bool]:
 
 
 def _is_transcript_pair(row: Fields) -> bool:
-    texts = [row.get("chosen"), row.get("rejected")]
-    return row.get("prompt") is None and all(isinstance(text, str) and ASSISTANT in text for text in texts)
+    sides = (row.get("chosen"), row.get("rejected"))
+    return row.get("prompt") is None and all(isinstance(side, str) and ASSISTANT in side for side in sides)
 
 
 _BOTH, _ALL = (Demonstration, Prompt), (Comparison, Demonstration, Prompt)

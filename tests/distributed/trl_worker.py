@@ -40,9 +40,7 @@ class _KillingCallback(trl_adapter._TrackingCallback):
 
 def case_config(folder: Path, zero: dict[str, Any], num_processes: int) -> RLHFConfig:
     """The tiny configuration under one kind of sharding. Two ranks accumulate over two micro-batches in stage sft."""
-    return tiny_config(
-        folder, zero=zero, distributed={"num_processes": num_processes}, sft={"micro_batch_size": 2}
-    )
+    return tiny_config(folder, zero=zero, distributed={"num_processes": num_processes}, sft={"micro_batch_size": 2})
 
 
 def run_stages(config: RLHFConfig, folder: Path, run: Path) -> None:

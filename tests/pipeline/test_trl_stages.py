@@ -22,6 +22,7 @@ from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
 from rlhf.stages import reward_model, sft, trl_adapter
 from rlhf.stages.context import StageOutput
 from rlhf.stages.trl_adapter import Schedule, example_order
+from rlhf.stages.trl_checkpoints import complete_checkpoint
 from tests.stage_example import (
     SPLIT_SIZES,
     make_context,
@@ -64,7 +65,7 @@ def _stage(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[2]
 
 
-# --- the loss -----------------------------------------------------------------------------------------------------------
+# --- the loss -----------------------------------------------------------------------------------------------------
 
 
 def _first_batch(files: Path, initial: Path, purpose: str) -> list[EncodedPair]:
@@ -97,8 +98,8 @@ def test_sft_loss_is_the_mean_over_the_tokens_of_the_whole_batch(
     initial = tmp_path / "stages/sft/initial"
     model = load_policy(initial)
     loss = _token_mean_by_hand(model, _first_batch(files, initial, "sft"), with_prompt=with_prompt)
-    loss.backward()
-    norm = math.sqrt(sum(float(weight.grad.double().square().sum()) for weight in model.parameters()))
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
     assert line["sft/loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert line["sft/grad_norm"] == pytest.approx(norm, rel=1e-5)
 
@@ -145,7 +146,7 @@ def test_accumulation_changes_nothing(files: Path, base: Path, tmp_path: Path, m
         assert other[f"{stage}/loss"] == pytest.approx(one[f"{stage}/loss"], rel=1e-4)
 
 
-# --- what comes out -----------------------------------------------------------------------------------------------------
+# --- what comes out -----------------------------------------------------------------------------------------------
 
 
 def test_sft_publishes_a_model_that_transformers_loads(base: Path, files: Path) -> None:
@@ -210,7 +211,8 @@ def test_a_model_that_knows_eight_texts_by_heart_stops_after_each(tmp_path: Path
     section = {"max_steps": 80, "schedule": "constant", "log_every": 40, "save_every": 80}
     sft.run(make_context(tiny_config(tmp_path, sft=section), tmp_path / "run", "sft"))
     folder = tmp_path / "run/stages/sft/model"
-    model, tokenizer = load_policy(folder), load_tokenizer(folder)
+    model: Any = load_policy(folder)
+    tokenizer = load_tokenizer(folder)
     for row in load_demonstrations(tiny_config(tmp_path).data).train:
         prompt, response = encode_pair(tokenizer, row.prompt, row.response)
         generated = model.generate(
@@ -223,7 +225,7 @@ def test_a_model_that_knows_eight_texts_by_heart_stops_after_each(tmp_path: Path
         assert generated[0, len(prompt) :].tolist() == response
 
 
-# --- the same again, and after a kill -----------------------------------------------------------------------------------
+# --- the same again, and after a kill -----------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -246,14 +248,12 @@ def _kill_at_step(step: int) -> Callable[[pytest.MonkeyPatch], None]:
 
 def _kill_while_saving(step: int) -> Callable[[pytest.MonkeyPatch], None]:
     def apply(patch: pytest.MonkeyPatch) -> None:
-        original = trl_adapter.complete_checkpoint
-
         def complete(context: Any, at: int, keep: int) -> None:
             if at == step:
                 raise Killed
-            original(context, at, keep)
+            complete_checkpoint(context, at, keep)
 
-        patch.setattr(trl_adapter, "complete_checkpoint", complete)
+        patch.setattr("rlhf.stages.trl_adapter.complete_checkpoint", complete)
 
     return apply
 

@@ -83,7 +83,7 @@ def test_a_label_depends_on_seed_name_prompt_and_key_only() -> None:
 def test_a_recorded_value_of_the_stream() -> None:
     """The stream is part of a run's reproducibility: this list changes only with a new label for every old run."""
     chosen = [int(annotator().compare("p", "good", "fair", key=str(n)).chosen_first) for n in range(16)]
-    assert chosen == []
+    assert chosen == [1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1]
 
 
 def test_label_records_the_side_on_which_the_chosen_response_was_shown() -> None:

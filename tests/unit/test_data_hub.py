@@ -111,7 +111,7 @@ def test_paths_that_are_no_data_set(tmp_path: Path) -> None:
 
 
 def test_offline_the_hub_cannot_be_reached() -> None:
-    # The test session sets HF_HUB_OFFLINE, so `datasets` itself raises here.
+    # conftest.py sets HF_HUB_OFFLINE, so `datasets` itself raises here.
     with pytest.raises(DataError, match=r"the hub cannot be reached .*save_to_disk"):
         load_prompts(config("some-owner/some-data-set-that-is-not-cached"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from rlhf.config.stages import SFTConfig
 from rlhf.data.tokenization import EncodedPair
 from rlhf.errors import ConfigError, DataError
+from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.stages import context as context_module
 from rlhf.stages import sft
 from rlhf.stages.context import StageContext, partial_folder, publish_model
@@ -28,7 +30,8 @@ def test_a_schedule_counts_examples_of_all_ranks() -> None:
     assert plan_schedule(section, name="sft", num_examples=50, world_size=2) == Schedule(50, 9, 12, 3, 2)
     assert plan_schedule(SFTConfig(batch_size=12, max_steps=4), name="sft", num_examples=5, world_size=1).num_steps == 4
     # 0.1 * 30 is a little more than 3 in binary, and still one batch of 3.
-    assert plan_schedule(SFTConfig(batch_size=3, num_epochs=0.1), name="sft", num_examples=30, world_size=1).num_steps == 1
+    tenth = SFTConfig(batch_size=3, num_epochs=0.1)
+    assert plan_schedule(tenth, name="sft", num_examples=30, world_size=1).num_steps == 1
 
 
 @pytest.mark.parametrize(
@@ -176,8 +179,8 @@ def test_a_model_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     context = _context(tmp_path)
     base = sft.base_model(context)
     assert sft.base_model(context) == base
-    model = sft.load_policy(base)
-    tokenizer = sft.load_tokenizer(base)
+    model: Any = load_policy(base)
+    tokenizer = load_tokenizer(base)
     publish_model(context, model, tokenizer)
     before = (context.stage.model / "model.safetensors").read_bytes()
 
