@@ -171,7 +171,9 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
                 if runtime.is_main:
                     _write_report(run)
                 continue
+            # Rank 0 looks for all, so that no rank looks at what another has begun to write.
             plan = runtime.broadcast_object(plan_stage(config, run, name, data_hash) if runtime.is_main else None)
+            assert plan is not None
             if plan.finished:
                 continue
             if runtime.is_main:

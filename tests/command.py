@@ -31,7 +31,13 @@ def rlhf_command(
 ) -> subprocess.CompletedProcess[str]:
     """Runs `rlhf` in folder `cwd` to its end."""
     return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(extra), capture_output=True, text=True, timeout=timeout, check=False
+        command(*arguments),
+        cwd=cwd,
+        env=environment(extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 

@@ -12,7 +12,7 @@ from rlhf.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, Po
 class PPOConfig(Section):
     """PPO (Schulman et al. 2017) on one-step episodes of tokens, as in Ziegler et al. 2019.
 
-    One update: sample `batch_size` responses, score them, then `num_epochs` passes in `num_minibatches` optimiser steps.
+    One update: sample `batch_size` responses, score them, then `num_epochs` passes in `num_minibatches` steps each.
     All sizes count over all ranks unless the description says otherwise.
     """
 

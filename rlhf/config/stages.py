@@ -18,7 +18,7 @@ class SFTConfig(TrainingConfig):
 
 
 class SamplingConfig(Section):
-    """How responses are sampled. Scoring applies the same temperature; truncation of the distribution is not offered."""
+    """How responses are sampled. Scoring applies the same temperature; the distribution is never truncated."""
 
     temperature: PositiveFloat = Field(1.0, description="logits are divided by it, in sampling and in scoring")
     max_response_tokens: PositiveInt = Field(32, description="longest response, EOS included")

@@ -146,7 +146,7 @@ def reset_library_state() -> None:
     if "transformers.integrations.deepspeed" in sys.modules:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+        unset_hf_deepspeed_config()
 
 
 def _identity(config: DistributedConfig) -> tuple[int, int, int, int]:

@@ -196,6 +196,13 @@ def load_policy(
     return model
 
 
+def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on `device`, in evaluation mode. (transformers' own `.to` has a wrong type.)"""
+    torch.nn.Module.to(model, device)
+    model.eval()
+    return model
+
+
 def check_no_missing_weights(missing: set[str] | list[str], path: str, key: str) -> None:
     """Raises `ArtifactError` when weights were left at random values because the files do not hold them."""
     if missing:

@@ -14,7 +14,7 @@ from rlhf.config.data import EmbeddedData
 from rlhf.data.embedded import gold_reward
 from rlhf.data.splits import SPLITS
 from rlhf.errors import ConfigError
-from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.models.loading import load_policy, load_tokenizer, place
 from rlhf.models.positions import check_positions
 from rlhf.preferences.annotators import SimulatedAnnotator
 from rlhf.records import Comparison, content_hash, dump_line
@@ -59,11 +59,8 @@ def run(context: StageContext) -> StageOutput:
         "test": section.num_test_comparisons,
     }
     tokenizer = load_tokenizer(context.inputs["policy"], config.model, key="collect.policy")
-    policy = (
-        load_policy(context.inputs["policy"], config.model, runtime.dtype, key="collect.policy")
-        .to(runtime.device)
-        .eval()
-    )
+    policy = load_policy(context.inputs["policy"], config.model, runtime.dtype, key="collect.policy")
+    policy = place(policy, runtime.device)
     summary: dict[str, object] = {}
     comparisons: dict[str, list[Comparison]] = {}
     total = sum(wanted.values())

@@ -16,7 +16,7 @@ from rlhf.evaluation import statistics
 from rlhf.evaluation.judges import ClassifierJudge as TextClassifier
 from rlhf.evaluation.judges import GoldJudge as Gold
 from rlhf.evaluation.judges import Judge
-from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.models.loading import load_policy, load_tokenizer, place
 from rlhf.models.positions import check_positions
 from rlhf.models.scoring import response_logprobs
 from rlhf.records import PromptContent, prompt_to_json
@@ -87,7 +87,7 @@ def run(context: StageContext) -> StageOutput:
 
 def _load(context: StageContext, role: str) -> PreTrainedModel:
     model = load_policy(context.inputs[role], context.config.model, context.runtime.dtype, key=f"evaluate.{role}")
-    return model.to(context.runtime.device).eval()
+    return place(model, context.runtime.device)
 
 
 def _tokenizer(context: StageContext, role: str) -> PreTrainedTokenizerBase:

@@ -91,7 +91,7 @@ def sample_batch(
     max_response_tokens: int,
     device: torch.device,
 ) -> SampledBatch:
-    """Samples a response a row; row i's random numbers are keyed by (seed, purpose, step, prompt, sample_indices[i])."""
+    """A response to each row. Row i's random numbers are keyed by (seed, purpose, step, prompt, sample_indices[i])."""
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     prompt_ids, prompt_mask = left_pad([prompt.ids for prompt in prompts], pad_id=pad_id)
     prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)

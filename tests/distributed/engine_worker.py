@@ -157,7 +157,7 @@ def run_case(case: Case, num_processes: int) -> dict[str, Any]:
         assert weights["policy_head.weight"].data_ptr() == weights["embedding.weight"].data_ptr()
     heads = engine.state_dict_for_saving("value_head.")
     assert list(heads) == (["weight", "bias"] if runtime.is_main else [])
-    sharded = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+    sharded = is_deepspeed_zero3_enabled()
     assert not sharded, "a model that is loaded now would be sharded too"
     return {"weights": weights, "norms": norms, "rate": engine.optimizer.param_groups[0]["lr"]}
 

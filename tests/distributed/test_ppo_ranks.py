@@ -66,7 +66,7 @@ def test_row_12_two_ranks_give_the_update_of_one(zero: str, folder: Path) -> Non
 
 
 def test_under_torchrun_every_rank_works_in_its_own_process(folder: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "rlhf"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "rlhf"]
     result = subprocess.run(
         [*launcher, *_arguments(folder, "run.dir=torchrun", "stages=[ppo,report]")],
         cwd=folder,

@@ -17,6 +17,7 @@ from rlhf.errors import ConfigError
 from rlhf.models.loading import load_policy
 from rlhf.models.scoring import response_logprobs
 from rlhf.rewards.learned import LearnedReward, ScoreStatistics
+from rlhf.runs.tracking import Tracker
 from rlhf.stages.ppo import loop
 from rlhf.stages.ppo.models import load_models
 from rlhf.stages.ppo.rollout import choose_prompts, transform_scores
@@ -87,13 +88,15 @@ def test_learning_rate_warms_up_then_falls_to_zero() -> None:
     assert [loop.learning_rate_factor(constant, u) for u in range(4)] == [1.0] * 4
 
 
-def _first_update(folder: Path, inputs: dict[str, str], **ppo: Any) -> tuple[dict[str, Tensor], dict[str, float], PPOBatch]:
+def _first_update(
+    folder: Path, inputs: dict[str, str], **ppo: Any
+) -> tuple[dict[str, Tensor], dict[str, float], PPOBatch]:
     """Runs one update by hand; the weights after it, its statistics and the batch it was trained on."""
     config = ppo_config(**ppo)
     context = ppo_context(config, folder, inputs)
     models = load_models(context)
     engine = loop._make_engine(context, models)
-    with loop.Tracker.open(context.run, config.tracking, "ppo", 1) as tracker:
+    with Tracker.open(context.run, config.tracking, "ppo", 1) as tracker:
         prompts = loop._load_prompts(context, models, tracker)
     experience = loop._gather_experience(context, engine, models, prompts, 0)
     section = config.ppo
@@ -148,7 +151,9 @@ def test_row_23_training_the_policy_leaves_the_reference_alone(inputs: dict[str,
     assert not torch.allclose(results[0], results[1])
     torch.testing.assert_close(
         results[1],
-        response_logprobs(load_policy(inputs["policy"]), input_ids=ids, attention_mask=mask, num_prompt=2, temperature=1.0),
+        response_logprobs(
+            load_policy(inputs["policy"]), input_ids=ids, attention_mask=mask, num_prompt=2, temperature=1.0
+        ),
     )
 
 
@@ -179,7 +184,7 @@ def test_the_same_seed_gives_the_same_bytes_and_a_resumed_run_too(
     assert metrics_of(tmp_path / "first", "ppo") == metrics_of(tmp_path / "second", "ppo")
 
     context = ppo_context(config, tmp_path / "killed", inputs)
-    real = loop.make_ppo_batch
+    real = make_ppo_batch
     calls = 0
 
     def die_in_the_third_update(*arguments: Any, **named: Any) -> PPOBatch:
@@ -290,7 +295,9 @@ def test_sizes_change_rounding_only(
 
 
 def test_what_is_kept_on_disk(inputs: dict[str, str], tmp_path: Path) -> None:
-    context = ppo_context(ppo_config(num_updates=5, save_every=1, keep_checkpoints=2, samples_every=2), tmp_path, inputs)
+    context = ppo_context(
+        ppo_config(num_updates=5, save_every=1, keep_checkpoints=2, samples_every=2), tmp_path, inputs
+    )
     loop.run(context)
     assert sorted(path.name for path in context.stage.checkpoints.iterdir()) == ["checkpoint-3", "checkpoint-4"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from rlhf.data.embedded import lexicon
-from rlhf.data.embedded.reviews import is_grammatical
+from rlhf.data.embedded.reviews import recognise
 from rlhf.records import PromptContent
 
 MIN_WORDS = 6
@@ -15,10 +15,15 @@ REWARD_BOUND = 2.0
 
 @dataclass(frozen=True)
 class GoldAttributes:
-    """What the gold reward looks at. `sentiment` lies in [-1, 1], `repetition` in [0, 1], `length` counts words."""
+    """What the gold reward looks at.
+
+    `sentiment` lies in [-1, 1], `repetition` in [0, 1), `length` counts words; `well_formed` is the share of words,
+    punctuation included, in sentences that the grammar has in their place.
+    """
 
     sentiment: float
     grammatical: bool
+    well_formed: float
     repetition: float
     length: int
 
@@ -37,28 +42,23 @@ def _sentences(text: str) -> list[list[str]]:
 def _polar_values(sentence: list[str]) -> list[float]:
     values: list[float] = []
     negated = False
-    scale = 1.0
     for word in sentence:
-        if word in lexicon.MODIFIERS:
-            scale *= lexicon.MODIFIERS[word]
-            continue
         if word in lexicon.CLAUSE_BREAKS:
             negated = False
         elif word in lexicon.NEGATORS:
             negated = True
         elif word in lexicon.POLAR_WORDS:
-            value = max(-1.0, min(1.0, lexicon.POLAR_WORDS[word] * scale))
-            values.append(value * lexicon.NEGATION if negated else value)
+            value = lexicon.POLAR_WORDS[word]
+            values.append(-value if negated else value)
             negated = False
-        scale = 1.0
     return values
 
 
 def sentiment(text: str) -> float:
     """The mean over sentences of the mean value of a sentence's polar words; 0 without any. In [-1, 1].
 
-    A modifier right before a polar word scales it ("very" 1.25, "quite" 0.75, within [-1, 1]). "not" or "never"
-    multiplies the next polar word of the same clause by -0.5; full stop, comma, "and" and "but" end a clause.
+    A polar word counts 1 or -1. "not" and "never" turn the next polar word of the same clause around; full stop,
+    comma, "and" and "but" end a clause. Words such as "very" change nothing.
     """
     means = [sum(values) / len(values) if values else 0.0 for values in map(_polar_values, _sentences(text))]
     return sum(means) / len(means) if means else 0.0
@@ -91,28 +91,32 @@ def _length_penalty(words: int) -> float:
 
 
 def attributes_of(prompt: PromptContent, response: str) -> GoldAttributes:
-    """All attributes of a response; `grammatical` depends on the prompt, the rest on the response alone."""
+    """All attributes of a response; `grammatical` and `well_formed` depend on the prompt, the rest on the response alone."""
+    verdict = recognise(prompt, response)
     return GoldAttributes(
         sentiment=sentiment(response),
-        grammatical=is_grammatical(prompt, response),
+        grammatical=verdict.grammatical,
+        well_formed=verdict.well_formed,
         repetition=repetition(response),
         length=length(response),
     )
 
 
 def gold_attributes(prompt: PromptContent, response: str) -> dict[str, float | bool | int]:
-    """`sentiment`, `grammatical`, `repetition` and `length` by name."""
+    """`sentiment`, `grammatical`, `well_formed`, `repetition` and `length` by name."""
     return asdict(attributes_of(prompt, response))
 
 
 def gold_reward(prompt: PromptContent, response: str) -> float:
     """What the simulated annotators want: positive and grammatical and non-repetitive. In [-2, 2].
 
-    base - 2 * repetition - 0.5 * length penalty, clipped to [-2, 2], where
-    base = 0.5 + 1.5 * sentiment for a grammatical response and -1.5 + 0.25 * sentiment for any other: a sentence
-    out of the grammar scores below every grammatical one that does not repeat itself, however positive its words.
+    share * (0.5 + 1.5 * sentiment) - 1.5 * (1 - share) - broken - 2 * repetition - 0.5 * length penalty, clipped to
+    [-2, 2]: share is `well_formed`, broken is 0.5 unless the whole response is grammatical. So words out of the
+    grammar earn nothing, however positive, and each of them costs.
     """
     facts = attributes_of(prompt, response)
-    base = 0.5 + 1.5 * facts.sentiment if facts.grammatical else -1.5 + 0.25 * facts.sentiment
-    score = base - 2.0 * facts.repetition - 0.5 * _length_penalty(facts.length)
+    share = facts.well_formed
+    score = share * (0.5 + 1.5 * facts.sentiment) - 1.5 * (1 - share)
+    score -= 0.0 if facts.grammatical else 0.5
+    score -= 2.0 * facts.repetition + 0.5 * _length_penalty(facts.length)
     return max(-REWARD_BOUND, min(REWARD_BOUND, score))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable
 from functools import lru_cache
@@ -72,7 +73,7 @@ def prompts(config: EmbeddedData) -> Splits[Prompt]:
 def demonstrations(config: EmbeddedData) -> Splits[Demonstration]:
     """`num_demonstrations` reviews of mixed quality over all splits; a prompt's split is the one that `prompts` uses.
 
-    Opinions run evenly from all bad to all good; `REPETITIVE_SHARE` repeat themselves, `BROKEN_SHARE` are not of the
+    Opinions run from all bad to all good, most reviews being of one mind; `REPETITIVE_SHARE` repeat themselves, `BROKEN_SHARE` are not of the
     grammar: words swapped, dropped, moved or replaced, or an end that is missing.
     """
     records: dict[SplitName, list[Demonstration]] = {split: [] for split in SPLITS}
@@ -113,8 +114,13 @@ def _has_usual_length(text: str) -> bool:
     return MIN_WORDS <= length(text) <= MAX_WORDS
 
 
+def _mood(generator: random.Random) -> float:
+    """A review's share of favourable opinions, arcsine distributed: most reviews are of one mind, half of them good."""
+    return math.sin(0.5 * math.pi * generator.random()) ** 2
+
+
 def _good(generator: random.Random, opening: Opening) -> str:
-    positive = generator.random()
+    positive = _mood(generator)
 
     def draw() -> str:
         return "".join(reviews.sample_sentences(generator, opening, 1 + pick(generator, 3), positive))
@@ -124,7 +130,7 @@ def _good(generator: random.Random, opening: Opening) -> str:
 
 def _repetitive(generator: random.Random, opening: Opening) -> str:
     """Either a sentence said twice or more, or a polar word that comes back in other sentences."""
-    positive = generator.random()
+    positive = _mood(generator)
     repeats_sentence = generator.random() < 0.5
 
     def draw() -> str:

@@ -47,13 +47,15 @@ def _signed_rules(topic: Topic, tone: Literal["positive", "negative"]) -> dict[s
     vowel = tuple(word for word in adjectives if word[0] in "aeiou")
     rules: dict[str, tuple[str, ...]] = {
         f"adjective_{tone}": (*adjectives, *own),
-        f"general_{tone}": tuple(adjectives),
+        f"general_{tone}": adjectives,
         f"vowel_{tone}": vowel,
         f"consonant_{tone}": tuple(word for word in adjectives if word not in vowel),
-        f"verb_{tone}": tuple(lexicon.POSITIVE_VERBS if tone == "positive" else lexicon.NEGATIVE_VERBS),
+        f"verb_{tone}": lexicon.POSITIVE_VERBS if tone == "positive" else lexicon.NEGATIVE_VERBS,
         f"quality_{tone}": (
             f"<adjective_{tone}>",
             f"<adjective_{tone}>",
+            f"<adjective_{tone}>",
+            f"<modifier> <adjective_{tone}>",
             f"<modifier> <adjective_{tone}>",
             f"not <adjective_{opposite}>",
         ),
@@ -102,9 +104,9 @@ def _topic_rules(topic: Topic) -> dict[str, tuple[str, ...]]:
         "noun": topic.nouns,
         "revisit": (topic.revisit,),
         "speaker": ("I", "We"),
-        "modifier": tuple(lexicon.MODIFIERS),
+        "modifier": lexicon.MODIFIERS,
         "negator": tuple(sorted(lexicon.NEGATORS)),
-        "verb_base": tuple(lexicon.BASE_VERBS),
+        "verb_base": lexicon.BASE_VERBS,
         "audience": ("to everyone", "to my friends"),
         "number": ("first", "second", "last"),
         "count": ("two", "three", "four"),
@@ -159,13 +161,11 @@ def _opening_patterns() -> list[tuple[Opening, re.Pattern[str]]]:
 
 
 @cache
-def _review_pattern(opening: Opening) -> re.Pattern[str]:
+def _sentence_patterns(opening: Opening) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What the first sentence of a response must be, and what any later one."""
     grammar = GRAMMARS[opening.topic]
-    sentence = grammar.pattern("sentence")
-    if opening.kind == "complete":
-        return re.compile(f"{sentence}{{1,{MAX_SENTENCES}}}")
-    first = grammar.pattern(f"continuation_{opening.kind}")
-    return re.compile(f"{first}{sentence}{{0,{MAX_SENTENCES - 1}}}")
+    first = "sentence" if opening.kind == "complete" else f"continuation_{opening.kind}"
+    return re.compile(grammar.pattern(first)), re.compile(grammar.pattern("sentence"))
 
 
 def spaced(text: str) -> str:
@@ -180,13 +180,37 @@ def parse_opening(prompt: str) -> Opening | None:
     return next((opening for opening, pattern in _opening_patterns() if pattern.fullmatch(text)), None)
 
 
-def is_grammatical(prompt: PromptContent, response: str) -> bool:
-    """Whether the grammar has this response to this prompt, word for word.
+@dataclass(frozen=True)
+class Verdict:
+    """What the grammar says of a response: is it a text of the grammar, and which share of its words is in sentences
+    that the grammar has in their place (0 for an empty response).
+    """
 
-    False when the prompt is not an opening of the grammar, as no conversation is.
+    grammatical: bool
+    well_formed: float
+
+
+def recognise(prompt: PromptContent, response: str) -> Verdict:
+    """Reads the response sentence by sentence, word for word; a full stop ends a sentence.
+
+    Nothing is well formed when the prompt is not an opening of the grammar, as no conversation is.
     """
     opening = parse_opening(prompt) if isinstance(prompt, str) else None
-    return opening is not None and _review_pattern(opening).fullmatch(spaced(response)) is not None
+    text = spaced(response)
+    if opening is None or not text:
+        return Verdict(grammatical=False, well_formed=0.0)
+    first, later = _sentence_patterns(opening)
+    # The last piece is what follows the last full stop: nothing, in a text of the grammar.
+    *complete, rest = re.split(r"(?<= \.)(?= |$)", text)
+    fits = [(later if index else first).fullmatch(sentence) is not None for index, sentence in enumerate(complete)]
+    num_fitting = sum(sentence.count(" ") for sentence, fit in zip(complete, fits, strict=True) if fit)
+    grammatical = not rest and 1 <= len(complete) <= MAX_SENTENCES and all(fits)
+    return Verdict(grammatical=grammatical, well_formed=num_fitting / text.count(" "))
+
+
+def is_grammatical(prompt: PromptContent, response: str) -> bool:
+    """Whether the grammar has this response to this prompt, word for word."""
+    return recognise(prompt, response).grammatical
 
 
 def sample_opening(generator: random.Random) -> str:

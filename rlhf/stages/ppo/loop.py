@@ -148,7 +148,8 @@ def _gather_experience(
     parts: list[ScoredRollout] = []
     raw_parts: list[Tensor] = []
     # Under ZeRO-3 the weights are gathered once for sampling and scoring together, then released.
-    with engine.gathered() as actor_critic:
+    with engine.gathered():
+        actor_critic = models.actor_critic
         rollouts = sample_rollouts(actor_critic, models, mine, section, runtime, seed, update)
         for rollout, piece in zip(rollouts, in_batches(mine, section.rollout_batch_size), strict=True):
             scored, raw_scores = score_rollout(actor_critic, models, rollout, piece, section)
@@ -211,7 +212,7 @@ def _sample_rows(experience: _Experience, models: PPOModels, num: int) -> list[d
 
 def _publish(context: StageContext, engine: TrainingEngine, models: PPOModels) -> list[str]:
     """Writes the policy to `model/` and the critic to `value_model/`; a half-written folder never has those names."""
-    module = engine.unwrapped
+    module = models.actor_critic
     parts = (
         ("model", module.policy, models.tokenizer, "policy."),
         ("value_model", module.critic.model, models.critic_tokenizer, "critic.model."),

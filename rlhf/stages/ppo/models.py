@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.models.loading import disable_dropout, load_policy, load_tokenizer
+from rlhf.models.loading import disable_dropout, load_policy, load_tokenizer, place
 from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
 from rlhf.models.scoring import response_logprobs_and_entropy
 from rlhf.ops.sequences import position_ids
@@ -72,7 +72,7 @@ def load_models(context: StageContext) -> PPOModels:
     tokenizer = load_tokenizer(inputs["policy"], config.model, key="ppo.policy")
     policy = load_policy(inputs["policy"], config.model, torch.float32, key="ppo.policy")
     reference = load_policy(inputs["reference"], config.model, reference_dtype, key="ppo.reference")
-    reference = reference.to(runtime.device).eval()
+    reference = place(reference, runtime.device)
     reference.requires_grad_(False)
     reward = LearnedReward.load(
         inputs["reward_model"], config.model, dtype=runtime.dtype, device=runtime.device, policy_tokenizer=tokenizer
