@@ -20,21 +20,23 @@ words = st.lists(st.sampled_from([*lexicon.POLAR_WORDS, *lexicon.MODIFIERS, "not
     [
         ("", 0.0),
         (" It ran for two hours .", 0.0),
-        (" The music was good .", 0.6),
-        (" The music was very good .", 0.75),  # 0.6 * 1.25
-        (" The music was quite good .", 0.45),  # 0.6 * 0.75
-        (" The music was very wonderful .", 1.0),  # 1.25, cut to 1
-        (" The music was not good .", -0.3),  # 0.6 * -0.5
-        (" The music was not very good .", -0.375),
-        (" The music was not bad .", 0.3),
-        (" We would never recommend it to my friends .", -0.4),  # 0.8 * -0.5
-        (" I did not enjoy the end .", -0.4),
-        (" We will see it again .", 0.8),
-        (" The music was good and the songs were terrible .", -0.2),  # (0.6 - 1) / 2
-        (" The music was not good and the songs were good .", 0.15),  # the negation ends at "and"
-        (" The music was good . It ran for two hours .", 0.3),  # a sentence without opinion counts as 0
-        (" The music was good . The plot was terrible", -0.2),  # an unfinished sentence counts
-        (" GOOD", 0.6),
+        (" The music was good .", 1.0),
+        (" The music was very good .", 1.0),
+        (" The music was bad .", -1.0),
+        (" The music was not good .", -1.0),
+        (" The music was not very good .", -1.0),
+        (" The music was not bad .", 1.0),
+        (" We would never recommend it to my friends .", -1.0),
+        (" I did not enjoy the end .", -1.0),
+        (" We will see it again .", 1.0),
+        (" The music was good and the songs were terrible .", 0.0),  # (1 - 1) / 2
+        (" The music was not good and the songs were good .", 0.0),  # the negation ends at "and"
+        (" The music was not there . The songs were good .", 0.5),  # and at the full stop: 0 and 1
+        (" The music was not good good .", 0.0),  # it turns one word around
+        (" The music was good . It ran for two hours .", 0.5),  # a sentence without a polar word counts as 0
+        (" The music was good and the songs were good . It was a bad film .", 1 / 3),  # opinions, not sentences
+        (" The music was good . The plot was terrible", 0.0),  # an unfinished sentence counts
+        (" GOOD", 1.0),
     ],
 )
 def test_sentiment_by_hand(text: str, value: float) -> None:
@@ -79,23 +81,29 @@ def test_length_leaves_punctuation_out() -> None:
 @pytest.mark.parametrize(
     ("response", "value"),
     [
-        # 0.5 + 1.5 * (0.75 + 0.8) / 2
-        (" The music was very good . We will see it again .", 1.6625),
-        # 0.5 + 1.5 * 0.6 - 0.5 * (6 - 4) / 6
-        (" The music was good .", 0.5 + 0.9 - 1 / 6),
-        # 0.5 - 1.5, longer than the shortest
+        (" The music was very good . We will see it again .", 2.0),
+        # 0.5 + 1.5 * (1 + 1 - 1) / 3
+        (" The music was very good . We will see it again . The plot was dull .", 1.0),
+        # 2 - 0.5 * (6 - 4) / 6
+        (" The music was good .", 2 - 1 / 6),
         (" It was a terrible film . I hated the music .", -1.0),
         # said twice: repetition 0.5
-        (" The music was wonderful . The music was wonderful .", 0.5 + 1.5 - 1.0),
-        # not of the grammar: -1.5 + 0.25 * 0.8 - 2 * 2 / 3 - 0.5 * 3 / 6, cut to -2
+        (" The music was wonderful . The music was wonderful .", 1.0),
+        # one of two sentences, 5 of 11 words, has its place: 5 / 11 * 2 - 1.5 * 6 / 11
+        (" The music was good . It was great a film .", 10 / 11 - 9 / 11),
+        # nothing of it is of the grammar: -1.5 - 2 * 2 / 3 - 0.5 * 3 / 6, cut to -2
         (" great great great", -2.0),
-        # not of the grammar: -1.5 + 0.25 * mean(1, 1)
-        (" music the was wonderful and it the amazing .", -1.25),
+        (" music the was wonderful and it the amazing .", -1.5),
         ("", -2.0),
     ],
 )
 def test_gold_reward_by_hand(response: str, value: float) -> None:
     assert gold_reward(PROMPT, response) == pytest.approx(value)
+
+
+def test_a_response_to_another_prompt_is_worth_nothing() -> None:
+    response = " The music was very good . We will see it again ."
+    assert gold_reward("My cousin and I read the new book on Friday .", response) == pytest.approx(-1.5)
 
 
 def test_positive_gibberish_scores_below_a_bad_review() -> None:
@@ -112,7 +120,9 @@ def test_positive_gibberish_scores_below_a_bad_review() -> None:
 def test_attributes_and_reward_stay_in_their_bounds(text: list[str]) -> None:
     response = "".join(f" {word}" for word in text)
     facts = gold_attributes(PROMPT, response)
-    assert set(facts) == {"sentiment", "grammatical", "repetition", "length"}
+    assert set(facts) == {"sentiment", "grammatical", "well_formed", "repetition", "length"}
+    assert 0 <= facts["well_formed"] <= 1
+    assert not facts["grammatical"] or facts["well_formed"] == 1
     assert -1 <= facts["sentiment"] <= 1
     assert 0 <= facts["repetition"] < 1
     assert -2 <= gold_reward(PROMPT, response) <= 2
@@ -120,16 +130,16 @@ def test_attributes_and_reward_stay_in_their_bounds(text: list[str]) -> None:
 
 def test_every_attribute_moves_the_reward() -> None:
     base = " The music was good . We will see it again ."
-    long_text = (
-        " The music was good ."
-        + " The plot was fine and the songs were really great and the cast was not bad" * 3
-        + " ."
-    )
-    for other in (
-        " The music was fine . We will see it again .",
-        " The music was good . We will see it it again .",
-        " The music was good . The music was good .",
-        " The music was good .",
-    ):
-        assert gold_reward(PROMPT, other) < gold_reward(PROMPT, base)
-    assert length(long_text) > 24
+    opinions = ("cast", "plot", "end", "music")
+    wordy = " ".join(f"The {first} was very good and the {first} was really great ." for first in opinions)
+    worse = {
+        "sentiment": " The music was good . We will never see it again .",
+        "grammatical": " The music was good . We will see it it again .",
+        "repetition": " The music was good . The music was good .",
+        "length, too short": " The music was good .",
+    }
+    for name, response in worse.items():
+        assert gold_reward(PROMPT, response) < gold_reward(PROMPT, base), name
+    # 44 words, 20 more than the longest usual text: 0.5 * 20 / 24 off; repetition: 6 of 8 polar words.
+    assert length(wordy) == 44
+    assert gold_reward(PROMPT, wordy) == pytest.approx(2 - 2 * 6 / 8 - 0.5 * 20 / 24)

@@ -19,7 +19,7 @@ from rlhf.records import Demonstration, content_hash, prompt_key
 SMALL = EmbeddedData(num_demonstrations=400, num_prompts=300, num_validation_prompts=40, num_test_prompts=60)
 # Of SMALL's prompts and demonstrations in all splits. When a text changes, CORPUS_VERSION must be raised with these.
 PROMPTS_HASH = "3087736ca27c3d66146f29e13d248b7028f0db9d0960bd99e038c549714cdcc3"
-DEMONSTRATIONS_HASH = "bbeb7dd10533c4012332e89e1950063aad969c3c8d0ec6e4ef5e5b010ce15175"
+DEMONSTRATIONS_HASH = "ce4b0fda1ec5488f91e1b8f16460944b78a7601672b011e1f399805f67e4ac98"
 
 
 def all_hashes() -> tuple[str, str]:

@@ -97,7 +97,7 @@ def test_what_is_sampled_is_recognised_for_its_own_opening_only(topic: str, kind
     ("prompt", "response"),
     [
         (FILM, " The music was very good ."),
-        (FILM, " The songs were not bad ."),
+        (FILM, " The songs were quite bad ."),
         (FILM, " It was a great film ."),
         (FILM, " It was an awful movie . We will never see it again ."),
         (FILM, " It was a very awful movie ."),
@@ -105,7 +105,7 @@ def test_what_is_sampled_is_recognised_for_its_own_opening_only(topic: str, kind
             FILM,
             " I loved the plot . We would not recommend it to everyone . The cast was dull and the songs were good .",
         ),
-        (UNFINISHED_SINGULAR, " was not bad ."),
+        (UNFINISHED_SINGULAR, " was bad ."),
         (UNFINISHED_SINGULAR, " was good and the songs were funny . I did not enjoy the end ."),
         (UNFINISHED_PLURAL, " were good ."),
     ],
@@ -131,6 +131,7 @@ def test_accepts(prompt: str, response: str) -> None:
         (FILM, " We will eat there again .", "another topic"),
         (FILM, " The music was great great great .", "no such phrase"),
         (FILM, " great great great", "no sentence"),
+        (FILM, " The music was not good .", "nothing negates an adjective"),
         (FILM, " was good .", "the opening is complete"),
         (FILM, " The plot was good ." * 5, "five sentences"),
         (UNFINISHED_SINGULAR, " were good .", "number"),
@@ -143,6 +144,25 @@ def test_accepts(prompt: str, response: str) -> None:
 )
 def test_refuses(prompt: str, response: str, why: str) -> None:
     assert not is_grammatical(prompt, response), why
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "share"),
+    [
+        (FILM, " The music was good . I loved the plot .", 1.0),
+        (FILM, " The music were good . I loved the plot .", 0.5),  # each sentence has five words with its full stop
+        (FILM, " The music was good . I loved the plot", 5 / 9),
+        (UNFINISHED_SINGULAR, " was good . I loved the plot .", 1.0),
+        (UNFINISHED_PLURAL, " was good . I loved the plot .", 5 / 8),
+        (FILM, " was good . I loved the plot .", 5 / 8),
+        (FILM, " The plot was good ." * 5, 1.0),  # each sentence has its place, and there are too many
+        (FILM, "", 0.0),
+        (FILM, " .", 0.0),
+        ("Tell me about the film .", " The music was good .", 0.0),
+    ],
+)
+def test_share_of_words_in_well_formed_sentences(prompt: str, response: str, share: float) -> None:
+    assert reviews.recognise(prompt, response).well_formed == pytest.approx(share)
 
 
 def test_a_conversation_is_not_an_opening() -> None:

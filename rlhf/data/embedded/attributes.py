@@ -55,13 +55,14 @@ def _polar_values(sentence: list[str]) -> list[float]:
 
 
 def sentiment(text: str) -> float:
-    """The mean over sentences of the mean value of a sentence's polar words; 0 without any. In [-1, 1].
+    """The mean over the text's opinions, 0 without any sentence. In [-1, 1].
 
-    A polar word counts 1 or -1. "not" and "never" turn the next polar word of the same clause around; full stop,
-    comma, "and" and "but" end a clause. Words such as "very" change nothing.
+    Every polar word is an opinion of value 1 or -1, and a sentence without a polar word is one of value 0. "not" and
+    "never" turn the next polar word of the same clause around; full stop, comma, "and" and "but" end a clause. Words
+    such as "very" change nothing.
     """
-    means = [sum(values) / len(values) if values else 0.0 for values in map(_polar_values, _sentences(text))]
-    return sum(means) / len(means) if means else 0.0
+    values = [value for sentence in _sentences(text) for value in _polar_values(sentence) or [0.0]]
+    return sum(values) / len(values) if values else 0.0
 
 
 def _repeated_share(items: list[tuple[str, ...]]) -> float:
@@ -91,7 +92,7 @@ def _length_penalty(words: int) -> float:
 
 
 def attributes_of(prompt: PromptContent, response: str) -> GoldAttributes:
-    """All attributes of a response; `grammatical` and `well_formed` depend on the prompt, the rest on the response alone."""
+    """All attributes of a response; whether it is grammatical depends on the prompt too."""
     verdict = recognise(prompt, response)
     return GoldAttributes(
         sentiment=sentiment(response),
@@ -110,13 +111,12 @@ def gold_attributes(prompt: PromptContent, response: str) -> dict[str, float | b
 def gold_reward(prompt: PromptContent, response: str) -> float:
     """What the simulated annotators want: positive and grammatical and non-repetitive. In [-2, 2].
 
-    share * (0.5 + 1.5 * sentiment) - 1.5 * (1 - share) - broken - 2 * repetition - 0.5 * length penalty, clipped to
-    [-2, 2]: share is `well_formed`, broken is 0.5 unless the whole response is grammatical. So words out of the
-    grammar earn nothing, however positive, and each of them costs.
+    share * (0.5 + 1.5 * sentiment) - 1.5 * (1 - share) - 2 * repetition - 0.5 * length penalty, clipped to [-2, 2];
+    share is `well_formed`. Words out of the grammar earn nothing, however positive they are, and each of them costs:
+    gibberish scores at most -1.5, a grammatical text without repetition at least -1 (within the usual length).
     """
     facts = attributes_of(prompt, response)
     share = facts.well_formed
     score = share * (0.5 + 1.5 * facts.sentiment) - 1.5 * (1 - share)
-    score -= 0.0 if facts.grammatical else 0.5
     score -= 2.0 * facts.repetition + 0.5 * _length_penalty(facts.length)
     return max(-REWARD_BOUND, min(REWARD_BOUND, score))

@@ -73,8 +73,8 @@ def prompts(config: EmbeddedData) -> Splits[Prompt]:
 def demonstrations(config: EmbeddedData) -> Splits[Demonstration]:
     """`num_demonstrations` reviews of mixed quality over all splits; a prompt's split is the one that `prompts` uses.
 
-    Opinions run from all bad to all good, most reviews being of one mind; `REPETITIVE_SHARE` repeat themselves, `BROKEN_SHARE` are not of the
-    grammar: words swapped, dropped, moved or replaced, or an end that is missing.
+    Opinions run from all bad to all good, most reviews being of one mind; `REPETITIVE_SHARE` repeat themselves;
+    `BROKEN_SHARE` are not of the grammar: words swapped, dropped, moved or replaced, or an end that is missing.
     """
     records: dict[SplitName, list[Demonstration]] = {split: [] for split in SPLITS}
     for prompt, response in _demonstration_texts(config.corpus_seed, config.num_demonstrations):

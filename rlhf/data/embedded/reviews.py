@@ -41,7 +41,6 @@ class Opening:
 
 
 def _signed_rules(topic: Topic, tone: Literal["positive", "negative"]) -> dict[str, tuple[str, ...]]:
-    opposite = "negative" if tone == "positive" else "positive"
     adjectives = lexicon.POSITIVE_ADJECTIVES if tone == "positive" else lexicon.NEGATIVE_ADJECTIVES
     own = topic.positive if tone == "positive" else topic.negative
     vowel = tuple(word for word in adjectives if word[0] in "aeiou")
@@ -54,10 +53,7 @@ def _signed_rules(topic: Topic, tone: Literal["positive", "negative"]) -> dict[s
         f"quality_{tone}": (
             f"<adjective_{tone}>",
             f"<adjective_{tone}>",
-            f"<adjective_{tone}>",
             f"<modifier> <adjective_{tone}>",
-            f"<modifier> <adjective_{tone}>",
-            f"not <adjective_{opposite}>",
         ),
         f"clause_{tone}": (f"<singular> was <quality_{tone}>", f"<plural> were <quality_{tone}>"),
         f"verdict_{tone}": (
