@@ -7,6 +7,7 @@ fingerprint is skipped; one that was interrupted resumes; one that belongs to an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import rlhf
 from rlhf import data
 from rlhf.config import RLHFConfig, StageName
-from rlhf.errors import ConfigError
+from rlhf.data.templates import chat_template
+from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.paths import check_model_path, is_local
 from rlhf.runs.files import discard, fingerprint, hash_path
 from rlhf.runs.folder import RunFolder
@@ -23,7 +25,7 @@ from rlhf.runs.folder import RunFolder
 # Raised when the code of a stage changes so that an old result is no longer what the same config gives.
 FINGERPRINT_VERSION = 1
 
-# Keys that decide where or how often something is written, not what comes out.
+# Keys that do not decide what comes out: how often something is written, and where inputs lie (their content counts).
 _BOOKKEEPING = {
     "save_every",
     "keep_checkpoints",
@@ -33,6 +35,7 @@ _BOOKKEEPING = {
     "value_model",
     "base",
     "baseline",
+    "comparisons",
 }
 
 
@@ -68,6 +71,11 @@ def resolve_inputs(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict
 
     Raises `ConfigError` when something is missing, naming the key that would provide it.
     """
+    inputs = _inputs(config, run, stage)
+    return {name: os.path.expanduser(path) for name, path in inputs.items()}
+
+
+def _inputs(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str, str]:
     sft = _own_model(config, run, "sft")
     if stage == "sft":
         base = config.sft.base or config.model.path
@@ -111,6 +119,33 @@ def _ppo_inputs(config: RLHFConfig, run: RunFolder, sft: str | None) -> dict[str
     return inputs
 
 
+def _check_data_fits(config: RLHFConfig, run: RunFolder) -> None:
+    """Stages that need a kind of data which this data cannot be."""
+    kind = config.data.type
+    if "collect" in config.stages and kind != "embedded":
+        raise ConfigError(
+            f"stage collect has simulated annotators, who need the gold reward of data=embedded; data.type is {kind}. "
+            "Leave collect out of stages: the reward model then takes the data's own comparisons, for instance "
+            "stages=[sft,reward_model,ppo,evaluate,report]."
+        )
+    if (
+        "reward_model" in config.stages
+        and kind == "embedded"
+        and "comparisons" not in _inputs(config, run, "reward_model")
+    ):
+        raise ConfigError(
+            "stage reward_model needs comparisons: data=embedded has none of its own, and this run has no finished "
+            "stage collect. Add collect to stages, or set reward_model.comparisons=FOLDER."
+        )
+    judges = {"gold": "embedded", "classifier": "labelled_text"}
+    judge = config.evaluate.judge.type
+    if "evaluate" in config.stages and judges.get(judge, kind) != kind:
+        raise ConfigError(
+            f"evaluate.judge.type={judge} needs data={judges[judge]}; data.type is {kind}. "
+            "Set evaluate.judge.type=reward_model."
+        )
+
+
 _SECTION_KEYS: dict[tuple[StageName, str], str] = {("sft", "base"): "model.path"}
 
 
@@ -119,6 +154,12 @@ def preflight(config: RLHFConfig, run: RunFolder) -> None:
     stages = [stage for stage in config.stages if stage != "report"]
     if stages:
         data.preflight(config.data)
+        _check_data_fits(config, run)
+    elif not any(run.stages.glob("*/result.json")):
+        raise ConfigError(
+            f"there is no finished stage to report in {run.path}. Give the experiment and keys of the run, or its "
+            "folder as run.dir=FOLDER."
+        )
     produced = {str(run.stage(stage).path) for stage in config.stages}
     for stage in stages:
         for name, path in resolve_inputs(config, run, stage).items():
@@ -130,7 +171,15 @@ def preflight(config: RLHFConfig, run: RunFolder) -> None:
             if name == "comparisons":
                 _check_comparisons(path, key)
             else:
-                check_model_path(path, key)
+                _check_model(path, key)
+
+
+def _check_model(path: str, key: str) -> None:
+    """A folder that lacks something is, before anything has run, a key that names the wrong folder."""
+    try:
+        check_model_path(path, key)
+    except ArtifactError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_comparisons(path: str, key: str) -> None:
@@ -151,13 +200,15 @@ def _content(path: str, revision: str | None) -> str:
 def stage_fingerprint(config: RLHFConfig, stage: StageName, inputs: Mapping[str, str], data_hash: str) -> str:
     """A hash of everything that decides the stage's result."""
     section: dict[str, Any] = getattr(config, stage).model_dump(mode="json")
+    template = config.model.chat_template
     payload = {
         "version": [rlhf.__version__, FINGERPRINT_VERSION],
         "stage": stage,
         "seed": config.seed,
-        "precision": config.distributed.precision,
+        "precision": [config.distributed.precision, config.distributed.device],
         "section": {name: value for name, value in section.items() if name not in _BOOKKEEPING},
-        "model": config.model.model_dump(mode="json", exclude={"path"}),
+        "model": config.model.model_dump(mode="json", exclude={"path", "chat_template"}),
+        "chat_template": None if template is None else chat_template(template),
         "data": [config.data.model_dump(mode="json", exclude={"path"}), data_hash],
         "inputs": {name: _content(path, config.model.revision) for name, path in sorted(inputs.items())},
     }
@@ -186,5 +237,5 @@ def begin_stage(run: RunFolder, plan: StagePlan) -> bool:
 def default_run_folder(config: RLHFConfig, identity: str) -> Path:
     """`run.dir`, or `<run.root>/<experiment>/<id>`; `identity` is the hash of the config that makes the id."""
     if config.run.dir is not None:
-        return Path(config.run.dir)
-    return Path(config.run.root) / config.experiment / f"seed{config.seed}-{identity[:8]}"
+        return Path(config.run.dir).expanduser()
+    return Path(config.run.root).expanduser() / config.experiment / f"seed{config.seed}-{identity[:8]}"

@@ -11,6 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from pydantic import ValidationError
 
 from rlhf import data
 from rlhf.config import RLHFConfig, StageName, config_hash, config_to_yaml
@@ -35,7 +38,11 @@ def supervise(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
     run = _prepare(config)
     with run.lock():
         _start_manifest(config, run, command)
-        return _run_stages(config, run, debug)
+        try:
+            return _run_stages(config, run, debug)
+        except UserError as error:
+            manifest.finish_manifest(run, error.exit_code)
+            raise
 
 
 def _prepare(config: RLHFConfig) -> RunFolder:
@@ -113,6 +120,8 @@ def _run_in_ranks(config: RLHFConfig, run: RunFolder, plan: StagePlan, position:
         return EXIT_SUCCESS
     if result.rank is not None and result.log_tail:
         print(f"rlhf: rank {result.rank} failed; the end of its log:\n{result.log_tail}", file=sys.stderr)
+    if result.interrupted_by is None and result.exit_code > 128:
+        print(f"rlhf: stage {plan.name}: {result.describe()}", file=sys.stderr)
     if result.interrupted_by is not None:
         print(f"rlhf: interrupted in stage {plan.name}; the same command goes on from there", file=sys.stderr)
     status = "failed" if result.interrupted_by is None else "interrupted"
@@ -149,7 +158,11 @@ def _with_world_size(config: RLHFConfig) -> RLHFConfig:
 
 
 def _validated(dump: Mapping[str, object]) -> RLHFConfig:
-    return RLHFConfig.model_validate_json(json.dumps(dump))
+    try:
+        return RLHFConfig.model_validate_json(json.dumps(dump))
+    except ValidationError as error:
+        reasons = "; ".join(str(entry["msg"]).removeprefix("Value error, ") for entry in error.errors())
+        raise ConfigError(f"the launcher started {os.environ['WORLD_SIZE']} processes: {reasons}") from error
 
 
 def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
@@ -158,11 +171,13 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
 
     console.quiet_libraries()
     run: RunFolder | None = None
+    locks = ExitStack()
     try:
         runtime = Runtime.start(config.distributed, config.zero, config.seed)
         run = RunFolder(default_run_folder(config, config_hash(config, exclude=_NOT_IDENTITY)))
         if runtime.is_main:
             _prepare(config)
+            locks.enter_context(run.lock())
             _start_manifest(config, run, command)
         runtime.barrier()
         data_hash = data.data_hash(config.data)
@@ -190,6 +205,8 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
     # The process boundary: every error becomes a message and an exit code.
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         code = explain(error, run, debug)
+        if run is not None and run.manifest.exists() and os.environ.get("RANK") == "0":
+            manifest.finish_manifest(run, code)
         sys.stderr.flush()
         # The other ranks may wait in a collective operation that this rank will never join: leave at once, so that the
         # launcher ends them.

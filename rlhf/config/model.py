@@ -29,7 +29,7 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     chat_template: str | None = Field(
-        None, description="Jinja chat template, or path of one; null keeps the tokenizer's"
+        None, description="chatml, plain, a Jinja file or text; null keeps the tokenizer's"
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="attention kernel; auto lets transformers choose"

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from rlhf.data.templates import chat_template
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.paths import check_model_path, is_local
 
@@ -131,19 +132,8 @@ def load_tokenizer(
         vocabulary = tokenizer.get_vocab()
         tokenizer.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), tokenizer.eos_token)
     if config is not None and config.chat_template is not None:
-        tokenizer.chat_template = _read_chat_template(config.chat_template)
+        tokenizer.chat_template = chat_template(config.chat_template)
     return tokenizer
-
-
-def _read_chat_template(template: str) -> str:
-    if "{" in template:
-        return template
-    try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"model.chat_template: {template} is no Jinja template and no file that can be read ({error.strerror})"
-        ) from error
 
 
 def attention_arguments(config: ModelConfig | None, model_config: PreTrainedConfig) -> dict[str, Any]:
@@ -191,6 +181,7 @@ def load_policy(
     model: PreTrainedModel = result[0]
     check_no_missing_weights(result[1]["missing_keys"], path, key)
     own_memory(model)
+    train_every_embedding(model)
     _mend_generation_config(model)
     model.eval()
     return model
@@ -201,6 +192,12 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     torch.nn.Module.to(model, device)
     model.eval()
     return model
+
+
+def train_every_embedding(model: PreTrainedModel) -> None:
+    """Lets the pad token's embedding have a gradient: where pad is EOS, that is the token at which scores are read."""
+    embeddings: Any = model.get_input_embeddings()
+    embeddings.padding_idx = None
 
 
 def check_no_missing_weights(missing: set[str] | list[str], path: str, key: str) -> None:

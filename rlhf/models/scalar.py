@@ -21,6 +21,7 @@ from rlhf.models.loading import (
     num_embeddings,
     own_memory,
     quiet,
+    train_every_embedding,
 )
 from rlhf.models.saving import save_model
 from rlhf.ops import sequences
@@ -161,6 +162,7 @@ def _from_pretrained(
             path, num_labels=1, dtype=dtype, output_loading_info=True, **arguments
         )
     own_memory(result[0])
+    train_every_embedding(result[0])
     return result[0], set(result[1]["missing_keys"])
 
 

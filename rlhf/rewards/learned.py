@@ -70,7 +70,7 @@ class LearnedReward:
         model = ScalarModel.load(path, config, dtype=dtype).to(device).eval()
         model.requires_grad_(False)
         disable_dropout(model)
-        tokenizer = load_tokenizer(path, config)
+        tokenizer = load_tokenizer(path, config, key="ppo.reward_model")
         return cls(model, tokenizer, ScoreStatistics.read(path), device, same_token_ids(policy_tokenizer, tokenizer))
 
     @torch.inference_mode()
@@ -85,7 +85,7 @@ class LearnedReward:
     def score_texts(
         self, prompts: Sequence[PromptContent], responses: Sequence[str], *, batch_size: int
     ) -> list[float]:
-        """Raw scores of responses as text: tokenised by this model's tokenizer and ended with EOS."""
+        """Raw scores of responses as text: tokenised by this model's tokenizer and ended with EOS, cut or not."""
         scores: list[float] = []
         pad_id = int(self.tokenizer.pad_token_id)
         for start in range(0, len(prompts), batch_size):

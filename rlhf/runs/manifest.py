@@ -30,6 +30,10 @@ RunStatus = Literal["running", "finished", "failed", "interrupted", "killed"]
 _STAGE_STATUSES = get_args(StageStatus)
 
 
+# Ctrl-C, SIGTERM and SIGHUP.
+_INTERRUPTED = (EXIT_INTERRUPTED, 143, 129)
+
+
 def read_manifest(run: RunFolder) -> dict[str, Any]:
     """The manifest, or an empty dict when there is none that can be read."""
     body = read_json(run.manifest)
@@ -114,7 +118,7 @@ def finish_manifest(run: RunFolder, exit_status: int) -> dict[str, Any]:
     outcome: RunStatus = "failed"
     if exit_status == EXIT_SUCCESS:
         outcome = "finished"
-    elif exit_status == EXIT_INTERRUPTED:
+    elif exit_status in _INTERRUPTED:
         outcome = "interrupted"
     with _changing(run) as manifest:
         now = _now()

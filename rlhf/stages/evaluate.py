@@ -20,12 +20,13 @@ from rlhf.models.loading import load_policy, load_tokenizer, place
 from rlhf.models.positions import check_positions
 from rlhf.models.scoring import response_logprobs
 from rlhf.records import PromptContent, prompt_to_json
-from rlhf.rewards.learned import LearnedReward
+from rlhf.rewards.learned import LearnedReward, same_token_ids
 from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, StageOutput
 from rlhf.stages.sampling import (
     EncodedPrompt,
     decode_responses,
+    encode_one,
     in_batches,
     load_encoded_prompts,
     require_prompts,
@@ -56,11 +57,12 @@ def run(context: StageContext) -> StageOutput:
         prompts = load_encoded_prompts(config.data, tokenizer, tracker.message)["test"][: section.num_prompts]
         require_prompts(prompts, "test")
         contents = [prompt.content for prompt in prompts]
-        reference = _load(context, "reference")
-        check_positions(reference, max(len(prompt.ids) for prompt in prompts) + section.sampling.max_response_tokens)
+        baseline_tokenizer = _tokenizer(context, "baseline")
+        reference = _reference(context, tokenizer, tracker)
         policy = _answer(context, _load(context, "policy"), tokenizer, prompts, reference)
         tracker.log(1, {"evaluate/policy_responses": len(policy.texts)})
-        baseline = _answer(context, _load(context, "baseline"), _tokenizer(context, "baseline"), prompts, None)
+        own_prompts = [encode_one(baseline_tokenizer, content) for content in contents]
+        baseline = _answer(context, _load(context, "baseline"), baseline_tokenizer, own_prompts, None)
         tracker.log(2, {"evaluate/baseline_responses": len(baseline.texts)})
         judge, judge_summary = _make_judge(context)
         policy_scores, baseline_scores = judge.score(contents, policy.texts), judge.score(contents, baseline.texts)
@@ -68,7 +70,9 @@ def run(context: StageContext) -> StageOutput:
             "judge": judge.name,
             "num_prompts": len(prompts),
             **judge_summary,
-            **_compare(context, contents, policy, baseline, policy_scores, baseline_scores),
+            **_compare(
+                context, contents, policy, baseline, policy_scores, baseline_scores, with_kl=reference is not None
+            ),
         }
         tracker.log(3, {f"evaluate/{name}": body["value"] for name, body in summary.items() if isinstance(body, dict)})
         rows = [
@@ -94,6 +98,14 @@ def _tokenizer(context: StageContext, role: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(context.inputs[role], context.config.model, key=f"evaluate.{role}")
 
 
+def _reference(context: StageContext, tokenizer: PreTrainedTokenizerBase, tracker: Tracker) -> PreTrainedModel | None:
+    """The model of the KL; None when its tokens are not the policy's, so that there is no KL between them."""
+    if same_token_ids(tokenizer, _tokenizer(context, "reference")):
+        return _load(context, "reference")
+    tracker.message("policy and reference have different tokenizers: there is no KL to report")
+    return None
+
+
 def _answer(
     context: StageContext,
     model: PreTrainedModel,
@@ -103,6 +115,7 @@ def _answer(
 ) -> _Answers:
     """Each rank answers its share of the prompts; every rank gets all answers."""
     sampling, runtime = context.config.evaluate.sampling, context.runtime
+    check_positions(model, max(len(prompt.ids) for prompt in prompts) + sampling.max_response_tokens)
     mine: list[tuple[int, str, int, bool, float]] = []
     numbered = list(enumerate(prompts))[runtime.rank :: runtime.world_size]
     for batch in in_batches(numbered, sampling.batch_size):
@@ -198,6 +211,8 @@ def _compare(
     baseline: _Answers,
     policy_scores: list[float],
     baseline_scores: list[float],
+    *,
+    with_kl: bool,
 ) -> dict[str, Any]:
     """Every metric as {"value", "low", "high"} at the configured confidence."""
     section, seed = context.config.evaluate, context.config.seed
@@ -216,12 +231,13 @@ def _compare(
         "win_rate": statistics.win_rate(policy_scores, baseline_scores, confidence=section.confidence).to_json(),
         f"{name}_policy": mean(policy_scores),
         f"{name}_baseline": mean(baseline_scores),
-        "kl_to_reference": mean(policy.kl),
         "response_length_policy": mean([float(length) for length in policy.lengths]),
         "response_length_baseline": mean([float(length) for length in baseline.lengths]),
         "stopped_share_policy": share(policy.stopped),
         "stopped_share_baseline": share(baseline.stopped),
     }
+    if with_kl:
+        summary["kl_to_reference"] = mean(policy.kl)
     if section.judge.type == "classifier":
         summary["positive_share_policy"] = share([score > 0.5 for score in policy_scores])
         summary["positive_share_baseline"] = share([score > 0.5 for score in baseline_scores])

@@ -55,10 +55,11 @@ def load_encoded_prompts(
     """
     splits = fit_lengths(load_prompts(config), tokenizer, config)
     splits.report(report)
-    return {name: [_encode(tokenizer, prompt.prompt) for prompt in splits.named(name)] for name in SPLITS}
+    return {name: [encode_one(tokenizer, prompt.prompt) for prompt in splits.named(name)] for name in SPLITS}
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent) -> EncodedPrompt:
+def encode_one(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent) -> EncodedPrompt:
+    """The prompt as this tokenizer's ids."""
     # One bit less than the hash has, so that it fits a signed 64-bit tensor.
     return EncodedPrompt(prompt, prompt_hash(prompt) >> 1, encode_prompt(tokenizer, prompt))
 
@@ -72,10 +73,15 @@ def require_prompts(prompts: Sequence[EncodedPrompt], split: SplitName) -> None:
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: the tokenizer's EOS and those of the model's generation config."""
+    """The ids that end a response: the tokenizer's EOS and the special tokens that the generation config names.
+
+    A config that was made without its tokenizer names its class's default there, which may be any ordinary token.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
-    more = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
-    return sorted({int(tokenizer.eos_token_id), *map(int, more)})
+    named = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+    return sorted({int(tokenizer.eos_token_id), *(special & set(map(int, named)))})
 
 
 def sample_batch(

@@ -14,6 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.data import load_demonstrations, training_texts
 from rlhf.data.tokenization import EncodedPair, encode_pair, fit_lengths
+from rlhf.errors import DataError
 from rlhf.models.loading import check_vocabulary, load_policy, load_tokenizer
 from rlhf.models.positions import check_positions
 from rlhf.models.scratch import build_from_scratch
@@ -43,6 +44,11 @@ def run(context: StageContext) -> StageOutput:
     check_vocabulary(model, tokenizer, base)
     # 2. The demonstrations as token ids.
     splits = fit_lengths(load_demonstrations(config.data), tokenizer, config.data)
+    if "evaluate" in config.stages and not splits.test:
+        raise DataError(
+            "the data has no test prompt, which stage evaluate needs: raise data.splits.test, give more rows or a test "
+            "file, or leave evaluate out of stages"
+        )
     train = [encode_pair(tokenizer, row.prompt, row.response) for row in splits.train]
     validation = [encode_pair(tokenizer, row.prompt, row.response) for row in splits.validation]
     check_positions(model, max((len(ids) + len(response) for ids, response in train + validation), default=0))

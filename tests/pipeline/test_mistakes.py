@@ -34,6 +34,9 @@ def _refused(result: subprocess.CompletedProcess[str], code: int, *parts: str) -
         (["run", *SMOKE, "distributed.num_processes=3"], ["batch_size", "distributed.num_processes"]),
         (["sft", *SMOKE, "sft.base=./nowhere"], ["sft.base", "nowhere"]),
         (["run", *SMOKE, "zero=stage9"], ["stage9", "stage3"]),
+        (["report", *SMOKE], ["no finished stage to report", "run.dir"]),
+        (["run", *SMOKE, "stages=[sft,reward_model]"], ["needs comparisons", "collect"]),
+        (["run", *SMOKE, "evaluate.judge={'type': 'classifier'}"], ["data=labelled_text"]),
     ],
 )
 def test_a_wrong_command_ends_with_2(arguments: list[str], parts: list[str], tmp_path: Path) -> None:
@@ -53,6 +56,27 @@ def test_a_broken_row_names_file_and_line_and_can_be_skipped(tmp_path: Path) -> 
     result = rlhf_command(*arguments, "data.on_bad_row=skip", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "left out 1 of 40 rows" in result.stdout
+
+
+def test_stages_that_the_data_cannot_feed_are_named_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n')
+    data = ["data=files", "data.path=rows.jsonl", "run.dir=run"]
+    _refused(rlhf_command("run", *data, cwd=tmp_path), 2, "stage collect", "stages=[sft,reward_model")
+    stages = "stages=[sft,reward_model,ppo,evaluate]"
+    _refused(rlhf_command("run", *data, stages, cwd=tmp_path), 2, "evaluate.judge.type=reward_model")
+    assert not (tmp_path / "run").exists()
+
+
+def test_conversations_without_a_template_name_one_that_then_works(tmp_path: Path) -> None:
+    turns = [
+        [{"role": "user", "content": f"how was film {i}?"}, {"role": "assistant", "content": "it was good"}]
+        for i in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    arguments = ["sft", "data=files", "data.path=rows.jsonl", "run.dir=run", "tracking.wandb=disabled"]
+    arguments += ["sft.max_steps=2", "sft.batch_size=4", "distributed.device=cpu", "model.chat_template=chatml"]
+    result = rlhf_command(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_model_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

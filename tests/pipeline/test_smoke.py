@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.command import SMOKE, command, environment, rlhf_command, wait_for
+from tests.command import ROOT, SMOKE, command, environment, rlhf_command, wait_for
 from tests.stage_example import metrics_of, weight_bytes
 
 STAGES = ("sft", "collect", "reward_model", "ppo", "evaluate")
@@ -136,6 +136,17 @@ def test_ctrl_c_ends_with_130_and_leaves_no_process(finished: Path, tmp_path: Pa
     _, alive = psutil.wait_procs(children, timeout=15)
     assert alive == []
     assert _manifest(tmp_path / "run")["status"] == "interrupted"
+
+
+def test_the_notebook_reads_a_run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUN", str(finished))
+    notebook = json.loads((ROOT / "notebooks/read_a_run.ipynb").read_text())
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert len(names["ppo"]) == 3
+    assert len(names["shown"]) == 4
 
 
 def test_two_commands_never_write_to_one_folder(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "records": {"errors"},
     "batches": {"errors", "ops"},
     "data": _SHARED,
-    "models": _SHARED,
+    # A model folder's tokenizer gets its chat template from the data's.
+    "models": _SHARED | {"data"},
     "preferences": _SHARED,
     # A learned reward is a tokenized text through a model.
     "rewards": _SHARED | {"data", "models"},

@@ -14,7 +14,7 @@ from rlhf.batches import PPOBatch, make_ppo_batch
 from rlhf.config.ppo import PPOConfig
 from rlhf.distributed.checkpoints import latest_checkpoint
 from rlhf.errors import ConfigError
-from rlhf.models.loading import load_policy
+from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.scoring import response_logprobs
 from rlhf.rewards.learned import LearnedReward, ScoreStatistics
 from rlhf.runs.tracking import Tracker
@@ -22,7 +22,7 @@ from rlhf.stages.ppo import loop
 from rlhf.stages.ppo.models import load_models
 from rlhf.stages.ppo.rollout import choose_prompts, transform_scores
 from rlhf.stages.ppo.update import minibatches, num_micro_batches, optimise
-from rlhf.stages.sampling import EncodedPrompt
+from rlhf.stages.sampling import EncodedPrompt, stop_token_ids
 from tests.ppo_example import ppo_config, ppo_context, write_models
 from tests.stage_example import metrics_of, weight_bytes
 
@@ -302,6 +302,25 @@ def test_what_is_kept_on_disk(inputs: dict[str, str], tmp_path: Path) -> None:
     assert sorted(path.name for path in context.stage.checkpoints.iterdir()) == ["checkpoint-3", "checkpoint-4"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert steps == [1, 1, 3, 3, 5, 5]
+
+
+def test_row_20_stop_tokens_are_eos_and_special_tokens_only(inputs: dict[str, str]) -> None:
+    model, tokenizer = load_policy(inputs["policy"]), load_tokenizer(inputs["policy"])
+    ordinary = int(tokenizer.encode("film", add_special_tokens=False)[0])
+    # What a config made without its tokenizer names: the class's default, here an ordinary token.
+    model.generation_config.eos_token_id = [ordinary, tokenizer.bos_token_id]
+    assert stop_token_ids(model, tokenizer) == sorted([tokenizer.eos_token_id, tokenizer.bos_token_id])
+
+
+def test_the_embedding_at_which_scores_are_read_is_trained(inputs: dict[str, str], tmp_path: Path) -> None:
+    model, tokenizer = load_policy(inputs["policy"]), load_tokenizer(inputs["policy"])
+    model.config.pad_token_id = tokenizer.eos_token_id  # as in every tokenizer without a pad token of its own
+    model.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    again = load_policy(str(tmp_path / "padded"))
+    again(input_ids=torch.tensor([[5, 6, tokenizer.eos_token_id, 7]])).logits.sum().backward()
+    gradient = again.get_input_embeddings().weight.grad
+    assert float(gradient[tokenizer.eos_token_id].abs().sum()) > 0
 
 
 def test_a_reward_model_with_another_tokenizer_scores_the_text(inputs: dict[str, str], tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import ArtifactError, ConfigError
+from rlhf.errors import ConfigError
 from rlhf.models.loading import disable_dropout, load_policy, load_tokenizer, place
 from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
 from rlhf.models.scoring import response_logprobs_and_entropy
 from rlhf.ops.sequences import position_ids
-from rlhf.rewards.learned import LearnedReward
+from rlhf.rewards.learned import LearnedReward, same_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,24 +71,28 @@ def load_models(context: StageContext) -> PPOModels:
     reference_dtype = runtime.dtype if config.zero.stage > 0 else torch.float32
     tokenizer = load_tokenizer(inputs["policy"], config.model, key="ppo.policy")
     policy = load_policy(inputs["policy"], config.model, torch.float32, key="ppo.policy")
+    if not same_token_ids(tokenizer, load_tokenizer(inputs["reference"], config.model, key="ppo.reference")):
+        raise ConfigError(
+            f"ppo.reference={inputs['reference']} has another tokenizer than the policy {inputs['policy']}: there is no "
+            "KL between them. Choose a reference with the policy's tokens."
+        )
     reference = load_policy(inputs["reference"], config.model, reference_dtype, key="ppo.reference")
     reference = place(reference, runtime.device)
     reference.requires_grad_(False)
     reward = LearnedReward.load(
         inputs["reward_model"], config.model, dtype=runtime.dtype, device=runtime.device, policy_tokenizer=tokenizer
     )
-    critic, critic_tokenizer = _load_critic(context, reward, tokenizer)
+    critic, critic_tokenizer = _load_critic(context, tokenizer)
     for model in (policy, reference, critic):
         disable_dropout(model)
     if config.ppo.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
         critic.model.gradient_checkpointing_enable()
-    _same_vocabulary(policy, reference, inputs)
     return PPOModels(tokenizer, ActorCritic(policy, critic), reference, reward, critic_tokenizer)
 
 
 def _load_critic(
-    context: StageContext, reward: LearnedReward, tokenizer: PreTrainedTokenizerBase
+    context: StageContext, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ScalarModel, PreTrainedTokenizerBase]:
     config, inputs = context.config, context.inputs
     if "value_model" not in inputs:
@@ -96,18 +100,10 @@ def _load_critic(
             inputs["policy"], seed=config.seed, zero_head=True, config=config.model, key="ppo.policy"
         )
         return critic, ensure_distinct_pad(tokenizer, critic.model)
-    if inputs["value_model"] == inputs["reward_model"] and not reward.same_tokens:
+    critic_tokenizer = load_tokenizer(inputs["value_model"], config.model, key="ppo.value_model")
+    if not same_token_ids(tokenizer, critic_tokenizer):
         raise ConfigError(
-            f"ppo.reward_model={inputs['reward_model']} has another tokenizer than the policy, so the critic cannot "
-            "start from it. Set ppo.value_init=policy."
+            f"the critic cannot start from {inputs['value_model']}, whose tokenizer is not the policy's. "
+            "Set ppo.value_init=policy, or ppo.value_model to a model with the policy's tokens."
         )
-    critic = ScalarModel.load(inputs["value_model"], config.model, key="ppo.value_model")
-    return critic, load_tokenizer(inputs["value_model"], config.model, key="ppo.value_model")
-
-
-def _same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel, inputs: object) -> None:
-    if policy.config.vocab_size != reference.config.vocab_size:
-        raise ArtifactError(
-            f"policy and reference must share a vocabulary: {policy.config.vocab_size} against "
-            f"{reference.config.vocab_size} tokens ({inputs})"
-        )
+    return ScalarModel.load(inputs["value_model"], config.model, key="ppo.value_model"), critic_tokenizer
