@@ -27,7 +27,7 @@ def _refused(result: subprocess.CompletedProcess[str], code: int, *parts: str) -
         (["run", "experiment=quikstart"], ["quikstart", "quickstart"]),
         (["run", *SMOKE, "ppo.num_updates=many"], ["ppo.num_updates", "many"]),
         (["rnu", *SMOKE], ["rnu", "did you mean run"]),
-        (["run", *SMOKE, "data=files", "data.path=missing.jsonl"], ["data.path", "missing.jsonl"]),
+        (["sft", "data=files", "data.path=missing.jsonl"], ["data.path", "missing.jsonl"]),
         (["run", *SMOKE, "model.path=./no/such/folder"], ["model.path", "no/such/folder"]),
         (["run", *SMOKE, "stages=[ppo]"], ["ppo.policy", "sft"]),
         (["run", *SMOKE, "stages=[ppo,sft]"], ["stages"]),

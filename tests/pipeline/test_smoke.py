@@ -25,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smoke")
     result = rlhf_command("run", *SMOKE, "run.dir=run", cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert "Report: run/report.html" in result.stdout
+    assert f"Report: {folder}/run/report.html" in result.stdout
     return folder / "run"
 
 

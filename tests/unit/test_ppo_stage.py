@@ -319,7 +319,9 @@ def test_the_embedding_at_which_scores_are_read_is_trained(inputs: dict[str, str
     tokenizer.save_pretrained(tmp_path / "padded")
     again = load_policy(str(tmp_path / "padded"))
     again(input_ids=torch.tensor([[5, 6, tokenizer.eos_token_id, 7]])).logits.sum().backward()
-    gradient = again.get_input_embeddings().weight.grad
+    gradients = {name: parameter.grad for name, parameter in again.named_parameters()}
+    gradient = gradients["model.embed_tokens.weight"]
+    assert gradient is not None
     assert float(gradient[tokenizer.eos_token_id].abs().sum()) > 0
 
 

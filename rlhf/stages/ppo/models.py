@@ -73,7 +73,7 @@ def load_models(context: StageContext) -> PPOModels:
     policy = load_policy(inputs["policy"], config.model, torch.float32, key="ppo.policy")
     if not same_token_ids(tokenizer, load_tokenizer(inputs["reference"], config.model, key="ppo.reference")):
         raise ConfigError(
-            f"ppo.reference={inputs['reference']} has another tokenizer than the policy {inputs['policy']}: there is no "
+            f"ppo.reference={inputs['reference']} has other tokens than the policy {inputs['policy']}: there is no "
             "KL between them. Choose a reference with the policy's tokens."
         )
     reference = load_policy(inputs["reference"], config.model, reference_dtype, key="ppo.reference")
