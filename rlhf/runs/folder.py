@@ -151,11 +151,6 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
-    def log(self) -> Path:
-        """What the workers printed."""
-        return self.path / "run.log"
-
-    @property
     def wandb_id(self) -> Path:
         """Id of this run at Weights & Biases, shared by all stages and resumes."""
         return self.path / "wandb_id"
