@@ -46,7 +46,9 @@ def _same(folder: Path, name: str) -> None:
     assert len(ours) == len(theirs) == 3
     for metric in ("ppo/loss", "ppo/policy_loss", "ppo/value_loss", "ppo/score_mean", "ppo/grad_norm", "ppo/entropy"):
         assert ours[0][metric] == pytest.approx(theirs[0][metric], rel=1e-4), metric
-    assert ours[0]["ppo/kl_to_reference"] == theirs[0]["ppo/kl_to_reference"] == 0.0
+    # Before the first step policy and reference are equal; a log-prob may differ in its last bit by where weights lie.
+    for line in (ours[0], theirs[0]):
+        assert line["ppo/kl_to_reference"] == pytest.approx(0.0, abs=1e-6)
     # After the first update the policies are equal up to rounding, and so is what they are charged.
     assert ours[1]["ppo/kl_to_reference"] == pytest.approx(theirs[1]["ppo/kl_to_reference"], rel=1e-3)
     for part in ("model", "value_model"):

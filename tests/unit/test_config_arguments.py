@@ -156,7 +156,8 @@ def test_removal_gives_back_the_default() -> None:
     assert load_config(["experiment=smoke", "~ppo.num_updates"]).config.ppo.num_updates == 100
     assert load_config(["~ppo.num_updates"]).config == load_config([]).config
     leftover = ["experiment=smoke", "data=files", "data.path=x"]
-    sizes = ("num_demonstrations", "num_prompts", "num_test_prompts", "num_validation_prompts")
+    sizes = ["num_demonstrations", "num_prompts", "num_test_prompts", "num_validation_prompts"]
+    sizes += ["max_prompt_tokens", "max_response_tokens"]
     data = load_config([*leftover, *(f"~data.{name}" for name in sizes)]).config.data
     assert data == FileData(path="x")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.batches import PromptBatch, Rollout, ScoredRollout
 from rlhf.config.ppo import PPOConfig
-from rlhf.models.scoring import response_logprobs
+from rlhf.models.scoring import response_logprobs_and_entropy
 from rlhf.rewards.learned import LearnedReward
 from rlhf.stages.ppo.models import ActorCritic, PPOModels
 from rlhf.stages.sampling import EncodedPrompt, decode_responses, in_batches, sample_batch
@@ -131,7 +131,8 @@ def score_rollout(
     input_ids, attention_mask = rollout.input_ids, rollout.attention_mask
     num_prompt = rollout.prompts.prompt_ids.shape[1]
     old_logprobs, _, old_values = actor_critic(input_ids, attention_mask, num_prompt, section.temperature)
-    reference_logprobs = response_logprobs(
+    # The policy's own function, operation by operation, so that equal models give equal numbers.
+    reference_logprobs, _ = response_logprobs_and_entropy(
         models.reference,
         input_ids=input_ids,
         attention_mask=attention_mask,
