@@ -24,7 +24,7 @@ from rlhf.runs import console, manifest
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.report import write_report
-from rlhf.worker import explain, run_stage
+from rlhf.worker import explain, leave, run_stage
 
 # What a run is, as far as its default folder is concerned: everything but where it lives and what is logged besides.
 _NOT_IDENTITY = ("run", "tracking", "stages")
@@ -201,14 +201,13 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
             runtime = Runtime.start(config.distributed, config.zero, config.seed)
         if runtime.is_main:
             _finish(config, run)
-        runtime.stop()
+        runtime.barrier()
     # The process boundary: every error becomes a message and an exit code.
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         code = explain(error, run, debug)
         if run is not None and run.manifest.exists() and os.environ.get("RANK") == "0":
             manifest.finish_manifest(run, code)
-        sys.stderr.flush()
         # The other ranks may wait in a collective operation that this rank will never join: leave at once, so that the
         # launcher ends them.
-        os._exit(code)
-    return EXIT_SUCCESS
+        leave(code)
+    leave(EXIT_SUCCESS)
