@@ -24,6 +24,7 @@ from rlhf.distributed.engine import TrainingEngine
 from rlhf.distributed.runtime import Runtime
 from rlhf.distributed.zero import deepspeed_json
 from rlhf.errors import ArtifactError
+from rlhf.worker import leave
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 8, 6, 11, 16
 NUM_STEPS = 3
@@ -248,3 +249,4 @@ def main(folder: Path, num_processes: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    leave(0)  # as a rank does

@@ -13,6 +13,7 @@ from typing import Any
 from rlhf.config import RLHFConfig
 from rlhf.distributed.runtime import Runtime
 from rlhf.stages import reward_model, sft, trl_adapter
+from rlhf.worker import leave
 from tests.stage_example import make_context, tiny_config
 
 # Not the default, under which every tensor of so small a model would stay whole at stage 3.
@@ -85,3 +86,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)  # as a rank does
