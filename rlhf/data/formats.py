@@ -33,8 +33,7 @@ from rlhf.errors import ConfigError
 from rlhf.records import Comparison, Demonstration, Message, Prompt, PromptContent, Record, RecordT, Role, prompt_key
 
 Fields = Mapping[str, Any]
-HUMAN = "\n\nHuman:"
-ASSISTANT = "\n\nAssistant:"
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLE_NAMES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
