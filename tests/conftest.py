@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 # Before any library is imported: these are read at import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+# A shell starts a background job with these ignored, and every process that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples in every run, and no time limit for one of them: machines that run tests are slow at times.
 settings.register_profile("rlhf", derandomize=True, deadline=None, max_examples=40)
