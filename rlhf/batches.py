@@ -267,8 +267,11 @@ def make_ppo_batch(
     lam: float,
     whiten_advantages: bool,
     score_position: ScorePosition,
+    whiten_rewards: bool = False,
 ) -> PPOBatch:
     """Token rewards, advantages and returns of a scored rollout. Pass the global batch: whitening uses its statistics.
+
+    `whiten_rewards` scales token rewards to unit variance and keeps their mean, as the TL;DR lineage does.
 
     Rows whose response mask is empty are inert: they change nothing in the other rows. With `after_eos`, `old_values`
     must be the critic's also on the slot after the last token, and the batch as wide as the longest allowed response.
@@ -282,6 +285,8 @@ def make_ppo_batch(
         scores=scored.scores, kl=kl, mask=mask, kl_coefficient=kl_coefficient, score_position=score_position
     )
     of_values = value_mask(mask=mask, score_position=score_position)
+    if whiten_rewards:
+        rewards = masked_whiten(values=rewards, mask=of_values, shift_mean=False)
     advantages, returns = gae(rewards=rewards, values=scored.old_values, mask=of_values, gamma=gamma, lam=lam)
     if whiten_advantages:
         advantages = masked_whiten(values=advantages, mask=mask)

@@ -72,6 +72,8 @@ def ppo_config(**ppo: Any) -> RLHFConfig:
                 "num_test_prompts": 4,
                 "num_validation_prompts": 4,
                 "max_prompt_tokens": 100,
+                # So small a vocabulary cuts the demonstrations into many pieces.
+                "max_response_tokens": 150,
             },
             "ppo": section,
         }

@@ -75,8 +75,12 @@ def suggest_keys(key: str) -> list[str]:
     A right name in the wrong section comes first, then a close name in the right section, then a close dotted key,
     then a close name in any section, then an abbreviation (`lr`, `kl_coef`).
     """
-    keys = schema.leaf_keys()
+    path = tuple(key.split("."))
+    keys = schema.leaf_keys(path)
     section, _, name = _fold(key).rpartition(".")
+    if schema.inside_named(path):
+        # The name in the middle is the user's own, spelt as it is.
+        section = key.rpartition(".")[0]
     siblings = schema.children(tuple(section.split("."))) if section else schema.children(())
     elsewhere = [candidate for candidate in keys if candidate.rpartition(".")[2] == name]
     if elsewhere and section:
@@ -112,11 +116,19 @@ def unknown_key(path: schema.Path, value: str | None, source: str | None) -> Pro
     return Problem(key, message, value, source)
 
 
+def describe_section(entry: schema.Entry) -> str:
+    """What a section takes, in words."""
+    if entry.holds_names:
+        variants = schema.variants_of((*entry.path, schema.ANY_NAME))
+        return f"named sections such as {{{schema.ANY_NAME}: {{{schema.DISCRIMINATOR}: {variants[0]}}}}}"
+    return f"a section with {listing(schema.children(entry.path))}"
+
+
 def wrong_variant(entry: schema.Entry, variant: str, groups: Sequence[str], value: str, source: str) -> Problem:
     """The problem of a key that exists, but not with the `type` that its section has."""
     assert entry.union is not None
     union = ".".join(entry.union)
-    names = [candidate.variant for candidate in schema.entries()[entry.path] if candidate.variant]
+    names = [candidate.variant for candidate in schema.candidates(entry.path) if candidate.variant]
     choose = f"{union}={names[0]}" if union in groups else f"{union}.{schema.DISCRIMINATOR}={names[0]}"
     kinds = f"type {names[0]}" if len(names) == 1 else f"types {', '.join(names)}"
     remove = "" if source.startswith("argument") else f", or remove it with ~{entry.key}"

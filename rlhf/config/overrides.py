@@ -119,6 +119,10 @@ def apply(argument: Argument, draft: Draft, groups: Collection[str]) -> list[Pro
 
 
 def _merge(value: dict[str, Any], path: schema.Path, argument: Argument, draft: Draft) -> list[Problem]:
+    if not value and schema.variants_of(path):
+        # Said to be there, with nothing in it: whether that will do is for validation to say.
+        if draft.get(path) is None:
+            draft.set(path, {}, Origin(argument.source, "argument", "{}"))
     problems = []
     for name, item in value.items():
         # A sweep may nest dotted names: ppo={'sampling.temperature': 1}.
@@ -136,6 +140,10 @@ def _merge(value: dict[str, Any], path: schema.Path, argument: Argument, draft: 
 def _not_a_section(entry: schema.Entry, argument: Argument, groups: Collection[str]) -> Problem:
     if not entry.is_section:
         return Problem(entry.key, f"expected {schema.describe(entry.type)}", argument.text, argument.source)
+    if entry.holds_names:
+        variants = schema.variants_of((*entry.path, schema.ANY_NAME))
+        message = f"holds sections under names of yours: set {entry.key}.NAME.type={variants[0]}, NAME being any word"
+        return Problem(entry.key, message, argument.text, argument.source)
     message = f"is a section: set {entry.key}.NAME=VALUE, NAME being one of {listing(schema.children(entry.path))}"
     if entry.is_union and entry.key not in groups:
         variants = schema.variants_of(entry.path)

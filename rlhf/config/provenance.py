@@ -44,7 +44,9 @@ class Draft:
         """Sets one value; what was there, sections included, goes."""
         self.remove(path)
         node = self.values
-        for name in path[:-1]:
+        for end, name in enumerate(path[:-1], start=1):
+            # A section that was said to be empty, or a value in its place, is neither any more.
+            self.origins.pop(path[:end], None)
             if not isinstance(node.get(name), dict):
                 node[name] = {}
             node = node[name]

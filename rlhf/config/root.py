@@ -7,17 +7,21 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.base import NonNegativeInt, Section
+from rlhf.config.closed_form import ClosedFormConfig
 from rlhf.config.data import DataConfig, EmbeddedData
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.model import ModelConfig
+from rlhf.config.peft import NoPEFT, PEFTConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.run import RunConfig
 from rlhf.config.stages import CollectConfig, EvaluateConfig, RewardModelConfig, SFTConfig
 from rlhf.config.tracking import TrackingConfig
 from rlhf.config.zero import ZeroConfig
 
-StageName = Literal["sft", "collect", "reward_model", "ppo", "evaluate", "report"]
-STAGES: tuple[StageName, ...] = ("sft", "collect", "reward_model", "ppo", "evaluate", "report")
+StageName = Literal["sft", "collect", "reward_model", "ppo", "evaluate", "closed_form", "report"]
+STAGES: tuple[StageName, ...] = ("sft", "collect", "reward_model", "ppo", "evaluate", "closed_form", "report")
+# The pipeline. A study such as closed_form stands by itself.
+PIPELINE: tuple[StageName, ...] = tuple(stage for stage in STAGES if stage != "closed_form")
 
 
 class RLHFConfig(Section):
@@ -25,8 +29,9 @@ class RLHFConfig(Section):
 
     experiment: str = Field("default", description="name of the experiment; names the run folder", pattern=r"^[\w.-]+$")
     seed: NonNegativeInt = Field(1, description="seed of every random number of the run")
-    stages: tuple[StageName, ...] = Field(STAGES, description="stages to run, in this order", min_length=1)
+    stages: tuple[StageName, ...] = Field(PIPELINE, description="stages to run, in this order", min_length=1)
     model: ModelConfig = ModelConfig()
+    peft: PEFTConfig = NoPEFT()
     data: DataConfig = EmbeddedData()
     zero: ZeroConfig = ZeroConfig()
     distributed: DistributedConfig = DistributedConfig()
@@ -37,6 +42,7 @@ class RLHFConfig(Section):
     reward_model: RewardModelConfig = RewardModelConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    closed_form: ClosedFormConfig = ClosedFormConfig()
 
     @model_validator(mode="after")
     def _stages_once(self) -> RLHFConfig:

@@ -1,20 +1,26 @@
-"""The schema as a table of dotted keys, built once from the pydantic classes, for error texts and conversions."""
+"""The schema as a table of dotted keys, built once from the pydantic classes, for error texts and conversions.
+
+A field of type `dict[str, <union of sections by type>]` holds sections under names of the user's choice. The table has
+them once, under the name `ANY_NAME`; `candidates` and `find` give them under the name that was asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from rlhf.config.base import Section
 from rlhf.config.root import RLHFConfig
 
 Path = tuple[str, ...]
 DISCRIMINATOR = "type"
+ANY_NAME = "NAME"
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,15 @@ class ValueType:
     @property
     def is_mapping(self) -> bool:
         """True for `dict[str, Any]`, inside which every key is allowed."""
-        return self.core is dict or get_origin(self.core) is dict
+        return self.core is dict or (get_origin(self.core) is dict and self.named_section is None)
+
+    @property
+    def named_section(self) -> FieldInfo | None:
+        """What each value of a `dict[str, <union of sections>]` is; None for another type."""
+        if get_origin(self.core) is not dict:
+            return None
+        field = FieldInfo.from_annotation(get_args(self.core)[1])
+        return field if section_models(field) else None
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,12 @@ class Entry:
 
     @property
     def is_section(self) -> bool:
-        return bool(self.models)
+        return bool(self.models) or self.holds_names
+
+    @property
+    def holds_names(self) -> bool:
+        """True for a mapping of sections under names of the user's choice."""
+        return self.type.named_section is not None
 
     @property
     def is_union(self) -> bool:
@@ -99,6 +118,9 @@ def _walk(model: type[Section], prefix: Path, union: Path | None, variant: str |
     for name, field in model.model_fields.items():
         entry = Entry((*prefix, name), field, section_models(field), union, variant)
         yield entry
+        if (inner := entry.type.named_section) is not None:
+            entry = Entry((*entry.path, ANY_NAME), inner, section_models(inner))
+            yield entry
         for member in entry.models:
             if entry.is_union:
                 yield from _walk(member, entry.path, entry.path, variant_name(member))
@@ -115,10 +137,31 @@ def entries() -> dict[Path, tuple[Entry, ...]]:
     return table
 
 
+@cache
+def _mappings() -> tuple[Path, ...]:
+    """The keys of all mappings of named sections."""
+    return tuple(path for path, found in entries().items() if found[0].holds_names)
+
+
+def _around(path: Path) -> Path | None:
+    """The mapping of named sections that a path goes through; None when it goes through none."""
+    return next((key for key in _mappings() if len(path) > len(key) and path[: len(key)] == key), None)
+
+
+def candidates(path: Path) -> tuple[Entry, ...]:
+    """The entries of a key, one for each variant that has it; none when the schema has no such key."""
+    mapping = _around(path)
+    if mapping is None:
+        return entries().get(path, ())
+    found = entries().get((*mapping, ANY_NAME, *path[len(mapping) + 1 :]), ())
+    named = path[: len(mapping) + 1]
+    return tuple(replace(entry, path=path, union=named if entry.union is not None else None) for entry in found)
+
+
 def find(path: Path, variant: str | None = None) -> Entry | None:
     """The entry of a key, of this variant where it has one; None when the schema has no such key."""
-    candidates = entries().get(path, ())
-    return next((entry for entry in candidates if entry.variant == variant), candidates[0] if candidates else None)
+    found = candidates(path)
+    return next((entry for entry in found if entry.variant == variant), found[0] if found else None)
 
 
 def inside_mapping(path: Path) -> bool:
@@ -127,16 +170,35 @@ def inside_mapping(path: Path) -> bool:
     return any(parent is not None and parent.type.is_mapping for parent in parents)
 
 
-def leaf_keys() -> list[str]:
-    """The dotted keys of all plain values, in schema order."""
-    return [candidates[0].key for candidates in entries().values() if not candidates[0].is_section]
+def inside_named(path: Path) -> bool:
+    """True when the key lies inside a section that has a name of the user's choice."""
+    mapping = _around(path)
+    return mapping is not None and len(path) > len(mapping) + 1
+
+
+def leaf_keys(near: Path = ()) -> list[str]:
+    """The dotted keys of all plain values, in schema order.
+
+    A key inside a named section has the name that stands at its place in `near`, if something follows it there.
+    """
+    keys = []
+    for path, found in entries().items():
+        if found[0].is_section:
+            continue
+        place = path.index(ANY_NAME) if ANY_NAME in path else len(near)
+        name = near[place] if len(near) > place + 1 else ANY_NAME
+        keys.append(".".join(name if part == ANY_NAME else part for part in path))
+    return keys
 
 
 def children(path: Path, variant: str | None = None) -> list[str]:
     """The names directly below a section (of one variant, for a union), in schema order."""
+    mapping = _around(path)
+    if mapping is not None:
+        path = (*mapping, ANY_NAME, *path[len(mapping) + 1 :])
     names = []
-    for key, candidates in entries().items():
-        if key[:-1] == path and (variant is None or any(entry.variant == variant for entry in candidates)):
+    for key, found in entries().items():
+        if key[:-1] == path and (variant is None or any(entry.variant == variant for entry in found)):
             names.append(key[-1])
     return names
 
@@ -147,11 +209,12 @@ def variants_of(path: Path) -> tuple[str, ...]:
     return tuple(variant_name(model) for model in entry.models) if entry is not None and entry.is_union else ()
 
 
-def default_variant(path: Path) -> str:
-    """The `type` that a union section has when nothing sets it."""
+def default_variant(path: Path) -> str | None:
+    """The `type` that a union section has when nothing sets it; None for one that must say it."""
     entry = find(path)
     assert entry is not None
-    return str(getattr(entry.field.default, DISCRIMINATOR))
+    default = entry.field.default
+    return None if default is PydanticUndefined else str(getattr(default, DISCRIMINATOR))
 
 
 def describe(value: ValueType) -> str:

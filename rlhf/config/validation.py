@@ -11,7 +11,15 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from rlhf.config import schema
-from rlhf.config.errors import Problem, close_names, config_error, did_you_mean, listing, unknown_key, wrong_variant
+from rlhf.config.errors import (
+    Problem,
+    close_names,
+    config_error,
+    describe_section,
+    did_you_mean,
+    unknown_key,
+    wrong_variant,
+)
 from rlhf.config.provenance import DEFAULT, MISSING, Draft, Origin, flatten, show
 from rlhf.config.root import RLHFConfig
 from rlhf.config.values import from_argument_value, from_file_value, from_text, untyped_from_text
@@ -83,11 +91,14 @@ def _take_unencodable(draft: Draft) -> list[Problem]:
 
 
 def _fill_required(path: schema.Path, draft: Draft, stand_ins: set[str]) -> None:
-    """Gives a required text some value, so that the rest of its section can be judged."""
-    entry = schema.find(path, _variant(path[:-1], draft))
-    if entry is not None and entry.field.is_required():
-        assert entry.type.core is str, f"{entry.key} needs a stand-in of its own"
-        draft.set(path, MISSING, Origin(DEFAULT, "file"))
+    """Gives a required text, or list of texts, some value, so that the rest of its section can be judged."""
+    variant = _variant(path[:-1], draft)
+    entry = schema.find(path, variant)
+    belongs = entry is not None and not entry.is_section and entry.variant in (None, variant)
+    if entry is not None and belongs and entry.field.is_required():
+        core = (entry.type.element or entry.type).core
+        assert core is str, f"{entry.key} needs a stand-in of its own"
+        draft.set(path, MISSING if entry.type.element is None else [MISSING], Origin(DEFAULT, "file"))
     stand_ins.add(path[-1])
 
 
@@ -98,15 +109,26 @@ def _stand_in(detail: ErrorDetails, draft: Draft, stand_ins: set[str]) -> None:
         _fill_required(path, draft, stand_ins)
         return
     if detail["type"].startswith("union_tag") and isinstance(draft.get(path), dict):
-        # The default `type` takes over; keys that only another type has were perhaps right for the one meant.
         default = schema.default_variant(path)
+        if default is None:
+            # Without a type there is nothing to judge the section by.
+            _without(path, draft, stand_ins)
+            return
+        # The default `type` takes over; keys that only another type has were perhaps right for the one meant.
         for name in list(draft.get(path)):
-            candidates = schema.entries().get((*path, name), ())
+            candidates = schema.candidates((*path, name))
             if candidates and all(entry.variant != default for entry in candidates):
                 draft.remove((*path, name))
         path = (*path, schema.DISCRIMINATOR)
+    _without(path, draft, stand_ins)
+
+
+def _without(path: schema.Path, draft: Draft, stand_ins: set[str]) -> None:
+    """Takes a value or section out of the draft; what it held, or its default, is a stand-in from now on."""
     stand_ins.update([path[-1], *(key[-1] for key in schema.entries() if key[: len(path)] == path)])
+    stand_ins.update(known[-1] for known in flatten(draft.get(path), path))
     draft.remove(path)
+    _fill_required(path, draft, stand_ins)
 
 
 def _missing(path: schema.Path, source: str | None) -> Problem:
@@ -124,8 +146,9 @@ def converted(draft: Draft) -> dict[str, Any]:
         values.set(path, _convert(path, value, origin, draft), origin)
     for path, candidates in schema.entries().items():
         section = values.get(path)
-        if candidates[0].is_union and isinstance(section, dict) and schema.DISCRIMINATOR not in section:
-            section[schema.DISCRIMINATOR] = schema.default_variant(path)
+        default = schema.default_variant(path) if candidates[0].is_union else None
+        if default is not None and isinstance(section, dict) and schema.DISCRIMINATOR not in section:
+            section[schema.DISCRIMINATOR] = default
     return values.values
 
 
@@ -167,7 +190,10 @@ def _key_path(detail: ErrorDetails) -> schema.Path:
 def _explain(detail: ErrorDetails, draft: Draft, findings: Findings, stand_ins: set[str]) -> Iterator[Problem]:
     path, kind = _key_path(detail), detail["type"]
     entry = schema.find(path, _variant(path[:-1], draft))
-    if kind in VALIDATOR_ERRORS:
+    if "[key]" in detail["loc"]:
+        message = "a name is made of letters, digits, _ and -, and starts with a letter or _"
+        yield Problem(".".join(path), message, source=draft.source(path))
+    elif kind in VALIDATOR_ERRORS:
         text = str(detail.get("ctx", {}).get("error", detail["msg"]))
         if not findings.incomplete and not stand_ins & set(re.findall(r"\w+", text)):
             yield _relation(path, text, draft)
@@ -185,8 +211,7 @@ def _explain(detail: ErrorDetails, draft: Draft, findings: Findings, stand_ins: 
     elif kind == "extra_forbidden" or entry is None:
         yield unknown_key(path, draft.shown(path), draft.source(path))
     elif entry.is_section:
-        names = listing(schema.children(path))
-        yield Problem(entry.key, f"expected a section with {names}", draft.shown(path), draft.source(path))
+        yield Problem(entry.key, f"expected {describe_section(entry)}", draft.shown(path), draft.source(path))
     else:
         yield _wrong_value(entry, draft)
 
@@ -213,10 +238,13 @@ def _wrong_value(entry: schema.Entry, draft: Draft) -> Problem:
 
 def _wrong_type_name(path: schema.Path, draft: Draft) -> Problem:
     key = (*path, schema.DISCRIMINATOR)
+    variants, entry = schema.variants_of(path), schema.find(path)
     if not isinstance(draft.get(path), dict):
-        names = listing(schema.children(path))
-        return Problem(".".join(path), f"expected a section with {names}", draft.shown(path), draft.source(path))
-    variants = schema.variants_of(path)
+        assert entry is not None
+        return Problem(".".join(path), f"expected {describe_section(entry)}", draft.shown(path), draft.source(path))
+    if draft.get(key) is None:
+        message = f"has no value: add {'.'.join(key)}={variants[0]} (or {', '.join(variants[1:])})"
+        return Problem(".".join(key), message, source=draft.source(path))
     message = f"expected one of {', '.join(variants)}" + did_you_mean(close_names(str(draft.get(key)), variants))
     return Problem(".".join(key), message, draft.shown(key), draft.source(key))
 
@@ -224,7 +252,7 @@ def _wrong_type_name(path: schema.Path, draft: Draft) -> Problem:
 def _relation(path: schema.Path, text: str, draft: Draft) -> Problem:
     """The problem of values that do not fit together: the validator's words, then each value with its source."""
     mentioned = []
-    for key in schema.leaf_keys():
+    for key in schema.leaf_keys((*path, "")):
         parts = tuple(key.split("."))
         names = {key, ".".join(parts[len(path) :])}
         if parts[: len(path)] == path and names & set(re.findall(r"\w+(?:\.\w+)*", text)):

@@ -5,6 +5,10 @@ template), and a response ends with exactly one EOS, so that prompt ids + respon
 policy that learned from it stops. Prompt and response are encoded apart: the ids of a prompt do not depend on the
 response, so sampling starts from the ids that training saw.
 
+The prompt of an encoder-decoder model is a text of its own, which the encoder reads: what `tokenizer(text)` gives, with
+the EOS that T5's puts behind every text. Its response is the decoder's text, which continues nothing. Loading marks the
+tokenizer of such a model (`use_encoder_prompts`), because no tokenizer tells: some of causal models append EOS too.
+
 Tokenizers of the SentencePiece family put a space in front of every text they encode and drop it when they decode.
 A response continues a text, so for them it is encoded, and decoded, behind an anchor that is cut off again.
 """
@@ -30,6 +34,7 @@ PROBE = "a"
 ANCHORS = ("\n", PROBE)
 # Stands for an answer, to find what a chat template writes around it; a text that no data has and no template trims.
 MARK = "\u241eanswer\u241e"
+_ENCODER_PROMPTS = "rlhf_encoder_prompts"
 
 
 class EncodedPair(NamedTuple):
@@ -41,14 +46,25 @@ class EncodedPair(NamedTuple):
 
 @dataclass(frozen=True)
 class _Traits:
-    """How a tokenizer frames texts: ids it puts first (BOS and the like), and whether it adds a space in front."""
+    """How a tokenizer frames texts: ids it puts first (BOS and the like) and last, and if it adds a space in front."""
 
     prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
     adds_space: bool
 
 
+def use_encoder_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Marks the tokenizer of an encoder-decoder model; copies of it keep the mark, a folder it is saved to does not."""
+    setattr(tokenizer, _ENCODER_PROMPTS, True)
+
+
+def has_encoder_prompts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts are an encoder's texts and responses a decoder's."""
+    return bool(getattr(tokenizer, _ENCODER_PROMPTS, False))
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent) -> list[int]:
-    """The ids that a response continues: never empty, no EOS behind them.
+    """The ids that a response continues: never empty, no EOS behind them unless it is an encoder that reads them.
 
     An empty text becomes the BOS, or the EOS (or pad) of a tokenizer without one. Raises `ConfigError` for a
     conversation when the tokenizer has no chat template, `DataError` when the template refuses the conversation.
@@ -65,17 +81,16 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent, respo
     up to its end-of-turn token, then EOS unless that is the EOS already. Errors as in `encode_prompt`.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    if isinstance(prompt, str):
-        ids = _encode(tokenizer, response) if is_empty(prompt) else _encode_continuation(tokenizer, response)
-    else:
-        ids = _encode_continuation(tokenizer, _rendered_response(tokenizer, prompt, response))
+    text = response if isinstance(prompt, str) else _rendered_response(tokenizer, prompt, response)
+    begins = has_encoder_prompts(tokenizer) or (isinstance(prompt, str) and is_empty(prompt))
+    ids = _encode(tokenizer, text) if begins else _encode_continuation(tokenizer, text)
     return EncodedPair(prompt_ids, _ending_with_eos(tokenizer, ids))
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of response ids without special tokens; white space in front is kept."""
+    """The text of response ids without special tokens; white space in front is kept where the tokenizer keeps it."""
     plain = _decode(tokenizer, ids)
-    if not _traits(tokenizer).adds_space:
+    if has_encoder_prompts(tokenizer) or not _traits(tokenizer).adds_space:
         return plain
     anchor = _encode(tokenizer, PROBE)
     before, together = _decode(tokenizer, anchor), _decode(tokenizer, [*anchor, *ids])
@@ -157,7 +172,8 @@ def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
     framed = list(tokenizer.encode(PROBE, add_special_tokens=True, verbose=False))
     start = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
     first = tokenizer.convert_ids_to_tokens(bare[0]) if bare else PROBE
-    return _Traits(tuple(framed[:start]), adds_space=not str(first).startswith(PROBE))
+    prefix, suffix = tuple(framed[:start]), tuple(framed[start + len(bare) :])
+    return _Traits(prefix, suffix, adds_space=not str(first).startswith(PROBE))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -180,13 +196,16 @@ def _encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[
 
 
 def _framed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Ids behind what the tokenizer puts first, unless the text wrote the BOS itself."""
+    """Ids behind what the tokenizer puts first, unless the text wrote the BOS itself; an encoder's before the last."""
+    traits = _traits(tokenizer)
     bos = tokenizer.bos_token_id
+    if has_encoder_prompts(tokenizer) and tuple(ids[len(ids) - len(traits.suffix) :]) != traits.suffix:
+        ids = [*ids, *traits.suffix]
     if ids and bos is not None and ids[0] == bos:
         while len(ids) > 1 and ids[1] == bos:
             ids = ids[1:]
         return ids
-    return [*_traits(tokenizer).prefix, *ids]
+    return [*traits.prefix, *ids]
 
 
 def _any_start(tokenizer: PreTrainedTokenizerBase) -> int:

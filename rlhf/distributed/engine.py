@@ -143,8 +143,8 @@ class TrainingEngine:
         if self._micro_batches < self.accumulation_steps:
             self._sharded.step()  # only counts the micro-batch
 
-    def step(self) -> float:
-        """Clips, updates, advances the schedule, clears the gradients.
+    def step(self, *, advance_schedule: bool = True) -> float:
+        """Clips, updates, clears the gradients, and advances the schedule unless the caller does that by himself.
 
         Returns the global gradient norm before clipping, equal on all ranks.
         """
@@ -161,7 +161,8 @@ class TrainingEngine:
         else:
             self._sharded.step()
             norm = self._sharded.get_global_grad_norm()
-        self.scheduler.step()
+        if advance_schedule:
+            self.scheduler.step()
         return float(norm)
 
     def _sum_gradients(self) -> None:
@@ -207,6 +208,20 @@ class TrainingEngine:
                 finally:
                     add_hooks(self.module)
 
+    @contextmanager
+    def modified(self) -> Iterator[nn.Module]:
+        """Yields `unwrapped` with whole weights that may be changed in place, equally on all ranks.
+
+        As `gathered`, but under ZeRO-3 what rank 0 holds on leaving is shared out again.
+        """
+        if self.zero_stage < 3:
+            yield self.unwrapped
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.unwrapped.parameters()), modifier_rank=0):
+            yield self.unwrapped
+
     def state_dict_for_saving(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """On rank 0 the whole weights on the CPU, without `prefix` and only those that have it; on the others nothing.
 
@@ -227,11 +242,14 @@ class TrainingEngine:
                 result[name.removeprefix(prefix)] = copies.setdefault(key, value.detach().to("cpu", copy=True))
         return result
 
-    def save_checkpoint(self, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+    def save_checkpoint(
+        self, folder: Path, extra: Mapping[str, Any] | None = None, shared: Mapping[str, Any] | None = None
+    ) -> None:
         """Writes everything a bit-identical continuation needs: weights, optimiser, schedule, every rank's generators.
 
-        `extra` is this rank's own state, of tensors and plain Python values. The folder appears under its name only
-        when it is whole. Every rank must call it, between optimiser steps. Raises `DiskFullError`.
+        `extra` is this rank's own state, `shared` is rank 0's and read by all; both of tensors and plain Python values.
+        The folder appears under its name only when it is whole. Every rank must call it, between optimiser steps.
+        Raises `DiskFullError`.
         """
         if self._micro_batches:
             raise RuntimeError("a checkpoint is written between optimiser steps, not within one")
@@ -242,7 +260,7 @@ class TrainingEngine:
         self.runtime.barrier()
         try:
             with disk_errors(folder):
-                self._write_checkpoint(partial, extra or {})
+                self._write_checkpoint(partial, extra or {}, shared or {})
                 self.runtime.barrier()
                 if self.runtime.is_main:
                     commit(folder, self._shape)
@@ -251,8 +269,10 @@ class TrainingEngine:
             raise
         self.runtime.barrier()
 
-    def _write_checkpoint(self, partial: Path, extra: Mapping[str, Any]) -> None:
+    def _write_checkpoint(self, partial: Path, extra: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
         """This rank's files."""
+        if self.runtime.is_main:
+            torch.save(dict(shared), partial / "shared.pt")
         if self.zero_stage > 0:
             self._sharded.save_checkpoint(str(partial), tag=_DEEPSPEED_TAG, save_latest=False)
         elif self.runtime.is_main:
@@ -266,7 +286,9 @@ class TrainingEngine:
         torch.save(rank_state, partial / f"rank{self.runtime.rank}.pt")
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """Restores what `save_checkpoint` wrote and returns this rank's `extra`. Every rank must call it.
+        """Restores what `save_checkpoint` wrote and returns `shared` with this rank's `extra` on top of it.
+
+        Every rank must call it.
 
         Raises `ArtifactError`, on all ranks, when the folder is not whole or another number of ranks, ZeRO stage or
         precision wrote it.
@@ -288,8 +310,8 @@ class TrainingEngine:
         self.scheduler.load_state_dict(rank_state["scheduler"])
         _set_generator_states(rank_state["generators"], self.runtime.device)
         self._micro_batches = 0
-        extra: dict[str, Any] = rank_state["extra"]
-        return extra
+        shared: dict[str, Any] = torch.load(folder / "shared.pt", map_location="cpu", weights_only=True)
+        return {**shared, **rank_state["extra"]}
 
     @property
     def _shape(self) -> CheckpointShape:

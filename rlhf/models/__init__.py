@@ -10,15 +10,16 @@ if TYPE_CHECKING:
     from rlhf.models.loading import check_vocabulary, disable_dropout, load_policy, load_tokenizer
     from rlhf.models.paths import check_model_path
     from rlhf.models.positions import check_positions
-    from rlhf.models.sampling import row_uniforms
+    from rlhf.models.sampling import Suppressed, row_uniforms
     from rlhf.models.saving import save_model
-    from rlhf.models.scalar import ScalarModel, ensure_distinct_pad, sequence_scores
+    from rlhf.models.scalar import ScalarModel, ensure_distinct_pad, response_scores, sequence_scores
     from rlhf.models.scoring import response_logits, response_logprobs, response_logprobs_and_entropy
     from rlhf.models.scratch import build_from_scratch
 
 _MODULES = {
     "Generation": "generation",
     "ScalarModel": "scalar",
+    "Suppressed": "sampling",
     "build_from_scratch": "scratch",
     "check_model_path": "paths",
     "check_positions": "positions",
@@ -31,6 +32,7 @@ _MODULES = {
     "response_logits": "scoring",
     "response_logprobs": "scoring",
     "response_logprobs_and_entropy": "scoring",
+    "response_scores": "scalar",
     "row_uniforms": "sampling",
     "save_model": "saving",
     "sequence_scores": "scalar",
@@ -39,6 +41,7 @@ _MODULES = {
 __all__ = [
     "Generation",
     "ScalarModel",
+    "Suppressed",
     "build_from_scratch",
     "check_model_path",
     "check_positions",
@@ -51,6 +54,7 @@ __all__ = [
     "response_logits",
     "response_logprobs",
     "response_logprobs_and_entropy",
+    "response_scores",
     "row_uniforms",
     "save_model",
     "sequence_scores",

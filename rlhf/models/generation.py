@@ -1,29 +1,42 @@
 """The default generator: a plain loop over the model with a key-value cache, tuned for responses of unequal length.
 
 Finished rows leave the batch, a row's tokens depend on that row alone (see `rlhf.models.sampling`), and no transform
-touches the distribution but the temperature, so that scoring reproduces the sampled log-probs.
+touches the distribution but the temperature and `Suppressed`, which scoring knows, so that it reproduces the sampled
+log-probs. Of an encoder-decoder model the encoder runs once and the loop is the decoder's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf.models.positions import check_positions
-from rlhf.models.sampling import draw_tokens
+from rlhf.models.sampling import Suppressed, draw_tokens, suppress_logits
+from rlhf.models.scoring import decoder_start
+from rlhf.models.seq2seq import ENCODER_DECODER_TYPES, is_encoder_decoder
 from rlhf.ops.sequences import position_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Architectures whose attention takes a prepared 4-D mask as it is. Others (ALiBi, state-space layers) get the 2-D mask.
-_PREPARED_MASK_TYPES = frozenset({"llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "gemma", "gemma2", "mistral"})
+_PREPARED_MASK_TYPES = ENCODER_DECODER_TYPES | {
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "mistral",
+}
 # Rows are dropped once this share of the batch has stopped: dropping copies the cache, so it must pay for itself.
 _COMPACT_SHARE = 0.25
 
@@ -118,6 +131,42 @@ class _Decoder:
         self.positions = self.positions[rows]
 
 
+@dataclass
+class _Seq2SeqDecoder:
+    """An encoder-decoder model with the state of the rows that are still being written. Prompts are encoded once."""
+
+    model: PreTrainedModel
+    cache: EncoderDecoderCache
+    mask: Tensor  # (b, 1, 1, P) over the prompt: 0 or the dtype's minimum
+    encoded: Tensor = field(
+        init=False
+    )  # (b, P, H) the encoder's states; the first step fills the cross cache from them
+
+    def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """Encodes the prompts and returns the logits (b, V) of the first response token."""
+        encoder: Any = self.model.get_encoder()
+        self.encoded = encoder(input_ids=prompt_ids, attention_mask=prompt_mask).last_hidden_state
+        return self.decode(prompt_ids.new_full((len(prompt_ids),), decoder_start(self.model)))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Appends one token (b,) to every row and returns the logits (b, V) of the next."""
+        output = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=self.encoded),
+            attention_mask=self.mask,
+            decoder_input_ids=tokens.unsqueeze(-1),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the rows (b',) given by their index in the present batch."""
+        self.cache.self_attention_cache.batch_select_indices(rows)
+        self.cache.cross_attention_cache.batch_select_indices(rows)
+        self.mask, self.encoded = self.mask[rows], self.encoded[rows]
+
+
 def _new_cache(model: PreTrainedModel, capacity: int) -> tuple[DynamicCache, bool]:
     """A cache for `capacity` slots, and whether every layer attends to all of them (no window shorter than that)."""
     cache = DynamicCache(config=model.config)
@@ -149,18 +198,30 @@ def _inference(model: PreTrainedModel, *, eager: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _start(model: PreTrainedModel, prompt_mask: Tensor, max_response_tokens: int) -> _Decoder:
+def _start(model: PreTrainedModel, prompt_mask: Tensor, max_response_tokens: int) -> _Decoder | _Seq2SeqDecoder:
     """A decoder with room for the prompts and `max_response_tokens` more slots."""
     batch, num_prompt = prompt_mask.shape
+    if is_encoder_decoder(model):
+        num_layers = model.config.num_decoder_layers
+        own, cross = DynamicCache(), DynamicCache()
+        own.layers = [_RoomyLayer(max_response_tokens) for _ in range(num_layers)]
+        cross.layers = [DynamicLayer() for _ in range(num_layers)]
+        both = EncoderDecoderCache(own, cross)
+        return _Seq2SeqDecoder(model, both, _additive(prompt_mask, model.dtype))
     cache, everywhere = _new_cache(model, num_prompt + max_response_tokens)
     mask = torch.cat([prompt_mask, prompt_mask.new_ones(batch, max_response_tokens)], dim=-1)
     additive = None
     flash = "flash" in model.config._attn_implementation
     if everywhere and not flash and model.config.model_type in _PREPARED_MASK_TYPES:
-        additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-        additive = additive.masked_fill_(~mask, torch.finfo(model.dtype).min)[:, None, None, :]
+        additive = _additive(mask, model.dtype)
     positions = prompt_mask.sum(dim=-1, keepdim=True)
     return _Decoder(model, cache, mask, additive, positions, length=0)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention logits (b, 1, 1, T): 0 at real tokens, the dtype's minimum elsewhere. mask (b, T)."""
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return added.masked_fill_(~mask, torch.finfo(dtype).min)[:, None, None, :]
 
 
 def generate(
@@ -173,11 +234,14 @@ def generate(
     max_response_tokens: int,
     stop_ids: Sequence[int],
     pad_id: int = 0,
+    suppressed: Suppressed | None = None,
 ) -> Generation:
     """Samples one response a row from softmax(logits / temperature), until a stop token or `max_response_tokens`.
 
     prompt_ids (B, P) int64 and prompt_mask (B, P) bool are left-padded; uniforms (B, >= max_response_tokens) float64
-    decide the tokens: the t-th number of a row draws its t-th token. The model is left as it was found; dropout is off.
+    decide the tokens: the t-th number of a row draws its t-th token. `suppressed` tokens cannot be drawn in the first
+    slots; log-probs are those of what can be. The model is left as it was found; dropout is off. The prompts of an
+    encoder-decoder model go to its encoder, and its decoder begins with the config's `decoder_start_token_id`.
 
     Raises `ValueError` for shapes or a mask that do not fit, `ConfigError` when prompt and response exceed the model's
     positions.
@@ -199,6 +263,7 @@ def generate(
         writing = torch.ones(batch, dtype=torch.bool, device=device)  # (b,) rows of the decoder that have not stopped
         logits = decoder.prefill(prompt_ids, prompt_mask)
         for step in range(max_response_tokens):
+            logits = suppress_logits(logits.unsqueeze(1), suppressed, first_slot=step).squeeze(1)
             tokens, token_logprobs = draw_tokens(logits, uniforms[rows, step], temperature)
             ids[rows, step] = torch.where(writing, tokens, pad_id)
             logprobs[rows, step] = torch.where(writing, token_logprobs, 0.0)

@@ -18,12 +18,14 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from rlhf.data.templates import chat_template
+from rlhf.data.tokenization import use_encoder_prompts
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.models.paths import check_model_path, is_local
+from rlhf.models.paths import base_of, check_model_path, has_tokenizer, is_adapter, is_local
+from rlhf.models.seq2seq import check_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -120,6 +122,8 @@ def load_tokenizer(
     """
     path = str(path)
     check_model_path(path, key)
+    if is_adapter(path) and not has_tokenizer(Path(path).expanduser()):
+        path = base_of(path, key)
     with load_errors(path, key), quiet():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **hub_arguments(path, config))
     if tokenizer.eos_token_id is None:
@@ -133,6 +137,8 @@ def load_tokenizer(
         tokenizer.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), tokenizer.eos_token)
     if config is not None and config.chat_template is not None:
         tokenizer.chat_template = chat_template(config.chat_template)
+    if load_config(base_of(path, key) if is_adapter(path) else path, config, key).is_encoder_decoder:
+        use_encoder_prompts(tokenizer)
     return tokenizer
 
 
@@ -162,12 +168,18 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     key: str = "model.path",
 ) -> PreTrainedModel:
-    """A causal language model from a folder or hub id, in evaluation mode, its dropout as its config says.
+    """A causal or encoder-decoder language model of a folder or hub id, in evaluation mode, dropout as configured.
+
+    The folder of an adapter gives its base with the adapter merged in.
 
     Raises `ConfigError` for a path that is not there, `ArtifactError` for a folder that holds another kind of model,
     or weights that are missing, damaged or of other shapes.
     """
     path = str(path)
+    if is_adapter(path):
+        from rlhf.models.adapters import load_merged_policy
+
+        return load_merged_policy(path, config, dtype, key)
     model_config = load_config(path, config, key)
     architecture = (model_config.architectures or ["unknown"])[0]
     if architecture.endswith(("Classification", "QuestionAnswering", "RewardModel")):
@@ -175,9 +187,11 @@ def load_policy(
             f"{key}: {path} holds a {architecture}, which scores text and cannot write it. Expected a causal language "
             "model (…ForCausalLM); is the path of the reward model given where the policy belongs?"
         )
+    check_encoder_decoder(model_config, path, key)
+    factory: Any = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
     arguments = hub_arguments(path, config) | attention_arguments(config, model_config)
     with load_errors(path, key), quiet():
-        result: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **arguments)
+        result: Any = factory.from_pretrained(path, dtype=dtype, output_loading_info=True, **arguments)
     model: PreTrainedModel = result[0]
     check_no_missing_weights(result[1]["missing_keys"], path, key)
     own_memory(model)

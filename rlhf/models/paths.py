@@ -17,6 +17,8 @@ _TOKENIZERS = (
     ("vocab.json", "merges.txt"),
     ("vocab.txt",),
 )
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SAVE_TOKENIZER = 'AutoTokenizer.from_pretrained("the model it belongs to").save_pretrained("{folder}")'
 
 
@@ -32,9 +34,11 @@ def is_local(path: str) -> bool:
 
 
 def check_model_path(path: str, key: str) -> None:
-    """Checks that a local `path` is a model folder in Hugging Face format with its tokenizer.
+    """Checks that a local `path` is a model folder, or an adapter's with its base, in Hugging Face format.
 
-    A hub id passes unchecked: only the hub knows it. `key` is the config key that named the path, for the message.
+    The tokenizer belongs to it; an adapter may leave that to its base. A hub id passes unchecked: only the hub knows
+    it. `key` is the config key that named the path, for the message.
+
     Raises `ConfigError` when nothing is there, `ArtifactError` when the folder lacks a part or its config is broken.
     """
     if not path.strip():
@@ -46,6 +50,9 @@ def check_model_path(path: str, key: str) -> None:
         raise ConfigError(_missing_folder_message(folder, key))
     if not folder.is_dir():
         raise ConfigError(f"{key}: {folder.absolute()} is a file; expected a model folder in Hugging Face format")
+    if is_adapter(folder):
+        _check_adapter(folder, key)
+        return
     _check_config(folder, key)
     _check_weights(folder, key)
     if not has_tokenizer(folder):
@@ -53,6 +60,43 @@ def check_model_path(path: str, key: str) -> None:
             f"{key}: {folder.absolute()} has no tokenizer (expected tokenizer.json, tokenizer.model, or vocab.json "
             f"with merges.txt). Add it with {_SAVE_TOKENIZER.format(folder=folder)}"
         )
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether `path` is a folder with an adapter in PEFT's format, which needs a base model."""
+    return (Path(path).expanduser() / _ADAPTER_CONFIG).is_file()
+
+
+def base_of(path: str | Path, key: str = "model.path") -> str:
+    """The folder or hub id of the model that the adapter in folder `path` was trained on.
+
+    Raises `ArtifactError` when the adapter does not say it, when the folder is gone, or when it holds an adapter too.
+    """
+    folder = Path(path).expanduser()
+    place = (folder / _ADAPTER_CONFIG).absolute()
+    try:
+        content = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{key}: {place} is not valid JSON ({error}); save the adapter again") from error
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not isinstance(base, str) or not base.strip():
+        raise ArtifactError(
+            f"{key}: {place} does not name the model that the adapter belongs to; write the model's folder or hub id "
+            "there as base_model_name_or_path"
+        )
+    if not is_local(base):
+        return base
+    if not Path(base).expanduser().is_dir():
+        raise ArtifactError(
+            f"{key}: the adapter {folder.absolute()} belongs to the base model {base}, and there is no such folder. "
+            f"Put the base back, or write its new place into base_model_name_or_path of {place}"
+        )
+    if is_adapter(base):
+        raise ArtifactError(
+            f"{key}: the adapter {folder.absolute()} belongs to {base}, which is an adapter itself. Merge that one "
+            "into its base: AutoPeftModelForCausalLM.from_pretrained(base).merge_and_unload().save_pretrained(folder)"
+        )
+    return base
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -72,14 +116,17 @@ def _missing_folder_message(folder: Path, key: str) -> str:
     return f"{message}. Check the spelling; a hub id has the form owner/name"
 
 
+def _check_adapter(folder: Path, key: str) -> None:
+    if not any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
+        raise ArtifactError(
+            f"{key}: {folder.absolute()} has no weights of its adapter (expected {_ADAPTER_WEIGHTS[0]}); save it again"
+        )
+    check_model_path(base_of(folder, key), f"{key} (base of the adapter {folder.absolute()})")
+
+
 def _check_config(folder: Path, key: str) -> None:
     config = folder / "config.json"
     if not config.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ArtifactError(
-                f"{key}: {folder.absolute()} holds a LoRA adapter, which is not a whole model. Merge it into its base "
-                "first: AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder)"
-            )
         raise ArtifactError(
             f"{key}: {folder.absolute()} is not a model folder: it has no config.json. "
             "Expected a folder that save_pretrained of transformers wrote"

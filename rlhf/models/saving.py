@@ -25,13 +25,29 @@ def save_model(
 
     `state_dict` replaces the model's own weights where those are sharded. The name of where the model came from is
     left out: loaders would go back there. The caller publishes the folder atomically.
+
+    Of a model with an adapter, the adapter alone is written, and that names the base it belongs to.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "peft_config"):
+        from rlhf.models.adapters import write_adapter_of
+
+        write_adapter_of(model, folder, state_dict)
+    else:
+        _write_model(model, folder, state_dict)
+    save_tokenizer(tokenizer, folder)
+
+
+def _write_model(model: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
     name, model.config._name_or_path = model.config._name_or_path, ""
     try:
         model.save_pretrained(folder, state_dict=state_dict, safe_serialization=True)
     finally:
         model.config._name_or_path = name
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the tokenizer without the name of where it came from. Raises `ArtifactError` when it writes nothing."""
     written = copy.deepcopy(tokenizer)
     written.name_or_path = ""
     written.init_kwargs.pop("name_or_path", None)

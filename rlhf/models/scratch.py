@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf.errors import ConfigError
 
@@ -24,10 +30,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, max_positions: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_positions: int, *, encoder_decoder: bool = False
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (Sennrich et al. 2016) whose texts begin with BOS and carry no EOS.
 
-    Equal texts give equal tokenizers. The vocabulary is smaller than `vocab_size` when the texts offer fewer merges.
+    That of an encoder-decoder model is as T5's: no BOS, an EOS behind every text. Equal texts give equal tokenizers.
+    The vocabulary is smaller than `vocab_size` when the texts offer fewer merges.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,17 +48,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_positions: int) -
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    bos = (BOS, tokenizer.token_to_id(BOS))
+    special = [(token, tokenizer.token_to_id(token)) for token in (BOS, EOS)]
+    single, pair = (f"$A {EOS}", f"$A {EOS} $B {EOS}") if encoder_decoder else (f"{BOS} $A", f"{BOS} $A $B")
     tokenizer.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos]),
+            processors.TemplateProcessing(single=single, pair=pair, special_tokens=special),
         ]
     )
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
-        bos_token=BOS,
+        bos_token=None if encoder_decoder else BOS,
         eos_token=EOS,
         model_max_length=max_positions,
         padding_side="right",
@@ -71,23 +81,27 @@ def build_from_scratch(
             f"model.scratch.hidden_size ({config.hidden_size}) must be a multiple of model.scratch.num_heads "
             f"({config.num_heads})"
         )
-    if config.architecture != "gpt2" and (config.hidden_size // config.num_heads) % 2:
+    encoder_decoder = config.architecture == "t5"
+    if config.architecture not in ("gpt2", "t5") and (config.hidden_size // config.num_heads) % 2:
         raise ConfigError(
             f"model.scratch.hidden_size / num_heads ({config.hidden_size // config.num_heads}) must be even for "
             f"{config.architecture}: rotary positions turn pairs of dimensions"
         )
-    tokenizer = train_tokenizer(texts, config.vocab_size, config.max_positions)
+    tokenizer = train_tokenizer(texts, config.vocab_size, config.max_positions, encoder_decoder=encoder_decoder)
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if encoder_decoder:
+        special["decoder_start_token_id"] = tokenizer.pad_token_id
     model_config = AutoConfig.for_model(
         config.architecture, vocab_size=config.vocab_size, **special, **_architecture_fields(config)
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        factory: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        model = factory.from_config(model_config, dtype=torch.float32)
     model.generation_config = GenerationConfig(do_sample=True, **special)
     return model.eval(), tokenizer
 
@@ -105,6 +119,20 @@ def _architecture_fields(config: ScratchConfig) -> dict[str, Any]:
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
         }
+    # The gated MLP has three matrices: 8/3 of the width gives the parameters of a plain one, rounded up to 16.
+    gated_size = -(-8 * config.hidden_size // 3 // 16) * 16
+    if config.architecture == "t5":
+        # The gated GELU of version 1.1; one embedding matrix for input and output, as version 1.0 has it.
+        return {
+            "d_model": config.hidden_size,
+            "d_kv": head_size,
+            "d_ff": gated_size,
+            "num_layers": config.num_layers,
+            "num_decoder_layers": config.num_layers,
+            "num_heads": config.num_heads,
+            "feed_forward_proj": "gated-gelu",
+            "dropout_rate": 0.0,
+        }
     fields: dict[str, Any] = {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -121,8 +149,7 @@ def _architecture_fields(config: ScratchConfig) -> dict[str, Any]:
             "classifier_dropout": 0.0,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share},
         }
-    # The gated MLP has three matrices: 8/3 of the width gives the parameters of a plain one, rounded up to 16.
-    fields["intermediate_size"] = -(-8 * config.hidden_size // 3 // 16) * 16
+    fields["intermediate_size"] = gated_size
     fields["num_key_value_heads"] = config.num_heads
     fields["head_dim"] = head_size
     if config.architecture == "llama":

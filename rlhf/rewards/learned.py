@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf.data.tokenization import encode_pair
+from rlhf.data.tokenization import encode_pair, has_encoder_prompts
 from rlhf.models.loading import disable_dropout, load_tokenizer
-from rlhf.models.scalar import ScalarModel, sequence_scores
-from rlhf.ops.sequences import position_ids, right_pad
+from rlhf.models.scalar import ScalarModel, pad_pairs, response_scores
 from rlhf.records import PromptContent
 
 if TYPE_CHECKING:
@@ -74,13 +73,15 @@ class LearnedReward:
         return cls(model, tokenizer, ScoreStatistics.read(path), device, same_token_ids(policy_tokenizer, tokenizer))
 
     @torch.inference_mode()
-    def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Raw scores (B,) of token sequences (B, T), read at the last real token: the mask decides, not the ids."""
+    def score_tokens(self, input_ids: Tensor, attention_mask: Tensor, num_prompt: int | None = None) -> Tensor:
+        """Raw scores (B,) of token sequences (B, T), read at the last real token: the mask decides, not the ids.
+
+        `num_prompt` says where the responses begin; an encoder-decoder reward model needs it.
+        """
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         # What stands in a masked slot is the policy's padding, which need not be an id of this model.
         input_ids = torch.where(attention_mask, input_ids, torch.zeros_like(input_ids))
-        values = self.model(input_ids, attention_mask, position_ids(attention_mask))
-        return sequence_scores(values, attention_mask)
+        return response_scores(self.model, input_ids, attention_mask, num_prompt)
 
     def score_texts(
         self, prompts: Sequence[PromptContent], responses: Sequence[str], *, batch_size: int
@@ -93,14 +94,18 @@ class LearnedReward:
             for prompt, response in zip(
                 prompts[start : start + batch_size], responses[start : start + batch_size], strict=True
             ):
-                pair = encode_pair(self.tokenizer, prompt, response)
-                rows.append(pair.prompt_ids + pair.response_ids)
-            scores += self.score_tokens(*right_pad(rows, pad_id=pad_id)).tolist()
+                rows.append(encode_pair(self.tokenizer, prompt, response))
+            scores += self.score_tokens(*pad_pairs(self.model, rows, pad_id)).tolist()
         return scores
 
 
 def same_token_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """True when every token of `first` has the same id in `second`; `second` may add tokens (a padding token, say)."""
+    """True when every token of `first` has the same id in `second`; `second` may add tokens (a padding token, say).
+
+    False between the tokenizers of a causal and an encoder-decoder model, which frame a prompt in other ways.
+    """
+    if has_encoder_prompts(first) != has_encoder_prompts(second):
+        return False
     other = second.get_vocab()
     return first.eos_token_id == second.eos_token_id and all(
         other.get(token) == index for token, index in first.get_vocab().items()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,10 +52,17 @@ def save_partial(
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes folder `name` of the stage under its unfinished name. Rank 0 alone calls it. Raises `DiskFullError`."""
+    with writing_partial(context, name) as folder:
+        save_model(model, tokenizer, folder, state_dict=state_dict)
+
+
+@contextmanager
+def writing_partial(context: StageContext, name: str) -> Iterator[Path]:
+    """The unfinished folder `name`, empty, to be written into. Rank 0 alone enters. Raises `DiskFullError`."""
     temporary = partial_folder(context, name)
     with disk_errors(temporary), quiet():
         discard(temporary)
-        save_model(model, tokenizer, temporary, state_dict=state_dict)
+        yield temporary
 
 
 def partial_folder(context: StageContext, name: str) -> Path:

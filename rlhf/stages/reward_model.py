@@ -1,4 +1,4 @@
-"""Stage reward_model: a scalar model trained on comparisons by TRL's `RewardTrainer`.
+"""Stage reward_model: a scalar model trained on comparisons by TRL's `RewardTrainer`, or by ours for T5 and the like.
 
 The loss is that of Bradley and Terry: -log sigmoid(score(chosen) - score(rejected)), the mean over the batch. What the
 stage reports is measured on the saved model as PPO will load it: scores are read at the last real token, by the mask.
@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import TaskType
 
+from rlhf.config.peft import lora_of
 from rlhf.data import load_comparisons
 from rlhf.data.splits import Splits
 from rlhf.data.tokenization import EncodedPair, encode_pair, fit_lengths
 from rlhf.evaluation import statistics
+from rlhf.models.adapters import add_adapter, backbone_of
 from rlhf.models.loading import check_vocabulary, load_tokenizer
 from rlhf.models.positions import check_positions
-from rlhf.models.scalar import ScalarModel, ensure_distinct_pad, sequence_scores
-from rlhf.ops.sequences import right_pad
+from rlhf.models.scalar import ScalarModel, ensure_distinct_pad, pad_pairs, response_scores
 from rlhf.records import Comparison, read_records
 from rlhf.rewards.learned import STATISTICS_FILE
 from rlhf.runs.files import write_json
 from rlhf.stages.context import StageContext, StageOutput, partial_folder, publish, save_partial
+from rlhf.stages.seq2seq_training import ComparisonCollator, reward_rows
 from rlhf.stages.trl_adapter import Training, open_tracker, plan_schedule
 from rlhf.stages.trl_checkpoints import find_checkpoint
 
@@ -38,12 +41,18 @@ def run(context: StageContext) -> StageOutput:
     base = context.inputs["base"]
     # 1. The model: the base's transformer under a new head that the seed decides, and a pad token that is not EOS,
     #    since transformers finds the last token of a row by it.
-    scalar = ScalarModel.from_policy(base, seed=config.seed, config=config.model, key="reward_model.base")
+    lora, key = lora_of(config, "reward_model"), "reward_model.base"
+    backbone = base if lora is None else backbone_of(base, key)
+    scalar = ScalarModel.from_policy(backbone, seed=config.seed, config=config.model, key=key)
     model: PreTrainedModel = scalar.model
     tokenizer = load_tokenizer(base, config.model, "reward_model.base")
     check_vocabulary(model, tokenizer, base)
     tokenizer = ensure_distinct_pad(tokenizer, model)
-    _keep_logits_in_float32(model)
+    if not scalar.encoder_decoder:
+        _keep_logits_in_float32(model)
+    if lora is not None:
+        revision = config.model.revision if base == config.model.path else None
+        model = add_adapter(model, base, lora, task=TaskType.SEQ_CLS, seed=config.seed, key=key, revision=revision)
     # 2. The comparisons as token ids, exactly as PPO will see a prompt and its response.
     splits = comparisons_of(context, tokenizer)
     train, validation, test = (encode_all(tokenizer, split) for split in (splits.train, splits.validation, splits.test))
@@ -64,7 +73,8 @@ def run(context: StageContext) -> StageOutput:
             tracker,
             model=model,
             tokenizer=tokenizer,
-            rows=training_rows(train),
+            rows=reward_rows(train) if scalar.encoder_decoder else training_rows(train),
+            collator=ComparisonCollator(model) if scalar.encoder_decoder else None,
         )
         training.run(checkpoint)
         weights = training.weights()
@@ -176,7 +186,6 @@ def score_pairs(context: StageContext, scalar: ScalarModel, pairs: list[Pair]) -
 @torch.inference_mode()
 def score_sequences(scalar: ScalarModel, pairs: list[EncodedPair], device: torch.device) -> list[float]:
     """The score of each sequence, read at its last token."""
-    ids, mask = right_pad([pair.prompt_ids + pair.response_ids for pair in pairs], pad_id=0)
-    ids, mask = ids.to(device), mask.to(device)
-    scores: list[float] = sequence_scores(scalar(ids, mask), mask).tolist()
+    ids, mask, num_prompt = pad_pairs(scalar, pairs, pad_id=0)
+    scores: list[float] = response_scores(scalar, ids.to(device), mask.to(device), num_prompt).tolist()
     return scores

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from rlhf.config.data import DataConfig
 from rlhf.data import load_prompts
 from rlhf.data.splits import SPLITS, SplitName
 from rlhf.data.tokenization import decode_response, encode_prompt, fit_lengths
-from rlhf.errors import DataError
+from rlhf.errors import ConfigError, DataError
 from rlhf.models.generation import generate
-from rlhf.models.sampling import row_uniforms
+from rlhf.models.sampling import Suppressed, row_uniforms
 from rlhf.ops.sequences import left_pad
 from rlhf.records import PromptContent, prompt_hash
 
@@ -27,11 +27,12 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt with its token ids and the hash that keys its random numbers."""
+    """A prompt with its token ids, the hash that keys its random numbers, and the row's other fields by name."""
 
     content: PromptContent
     key: int
     ids: list[int]
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,27 @@ def load_encoded_prompts(
 ) -> dict[SplitName, list[EncodedPrompt]]:
     """The data's prompts as token ids, by split; what was left out as broken or over-long goes to `report`.
 
-    Raises `DataError` for such rows unless the config says to skip them.
+    Every prompt has all columns that any prompt has, as None where its row lacks them. Raises `DataError` for such
+    rows unless the config says to skip them.
     """
     splits = fit_lengths(load_prompts(config), tokenizer, config)
     splits.report(report)
-    return {name: [encode_one(tokenizer, prompt.prompt) for prompt in splits.named(name)] for name in SPLITS}
+    names = dict.fromkeys(column for name in SPLITS for prompt in splits.named(name) for column in prompt.columns)
+    return {
+        name: [
+            encode_one(tokenizer, prompt.prompt, {column: prompt.columns.get(column) for column in names})
+            for prompt in splits.named(name)
+        ]
+        for name in SPLITS
+    }
 
 
-def encode_one(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent) -> EncodedPrompt:
+def encode_one(
+    tokenizer: PreTrainedTokenizerBase, prompt: PromptContent, columns: Mapping[str, Any] | None = None
+) -> EncodedPrompt:
     """The prompt as this tokenizer's ids."""
     # One bit less than the hash has, so that it fits a signed 64-bit tensor.
-    return EncodedPrompt(prompt, prompt_hash(prompt) >> 1, encode_prompt(tokenizer, prompt))
+    return EncodedPrompt(prompt, prompt_hash(prompt) >> 1, encode_prompt(tokenizer, prompt), columns or {})
 
 
 def require_prompts(prompts: Sequence[EncodedPrompt], split: SplitName) -> None:
@@ -72,16 +83,39 @@ def require_prompts(prompts: Sequence[EncodedPrompt], split: SplitName) -> None:
         )
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: the tokenizer's EOS and the special tokens that the generation config names.
+def stop_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, more: Sequence[str] = (), key: str = "ppo.stop_tokens"
+) -> list[int]:
+    """The ids that end a response: the tokenizer's EOS, the special tokens that the generation config names, `more`.
 
     A config that was made without its tokenizer names its class's default there, which may be any ordinary token.
+    Raises `ConfigError`, naming `key`, for one of `more` that is not a single token of the vocabulary.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     named = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
-    return sorted({int(tokenizer.eos_token_id), *(special & set(map(int, named)))})
+    return sorted(
+        {
+            int(tokenizer.eos_token_id),
+            *(special & set(map(int, named))),
+            *(_stop_token_id(tokenizer, token, key) for token in more),
+        }
+    )
+
+
+def _stop_token_id(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> int:
+    """The id of a token given by its name in the vocabulary, or as the text that it alone stands for."""
+    index = tokenizer.get_vocab().get(token)
+    if index is not None:
+        return int(index)
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ConfigError(
+            f"{key} names {token!r}, which this tokenizer writes as {len(ids)} tokens. A stop token must be one token "
+            "of the vocabulary"
+        )
+    return int(ids[0])
 
 
 def sample_batch(
@@ -96,8 +130,13 @@ def sample_batch(
     temperature: float,
     max_response_tokens: int,
     device: torch.device,
+    stop_ids: Sequence[int] | None = None,
+    suppressed: Suppressed | None = None,
 ) -> SampledBatch:
-    """A response to each row. Row i's random numbers are keyed by (seed, purpose, step, prompt, sample_indices[i])."""
+    """A response to each row. Row i's random numbers are keyed by (seed, purpose, step, prompt, sample_indices[i]).
+
+    `stop_ids=None` are those of `stop_token_ids`.
+    """
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     prompt_ids, prompt_mask = left_pad([prompt.ids for prompt in prompts], pad_id=pad_id)
     prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
@@ -111,8 +150,9 @@ def sample_batch(
         uniforms=uniforms.to(device),
         temperature=temperature,
         max_response_tokens=max_response_tokens,
-        stop_ids=stop_token_ids(model, tokenizer),
+        stop_ids=stop_token_ids(model, tokenizer) if stop_ids is None else list(stop_ids),
         pad_id=pad_id,
+        suppressed=suppressed,
     )
     return SampledBatch(
         prompt_ids, prompt_mask, result.response_ids, result.response_mask, result.stopped, result.logprobs

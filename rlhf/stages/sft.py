@@ -1,4 +1,4 @@
-"""Stage sft: supervised fine-tuning on demonstrations by TRL's `SFTTrainer`.
+"""Stage sft: supervised fine-tuning on demonstrations by TRL's `SFTTrainer`, or ours for encoder-decoder models.
 
 The loss is the mean of the response's token cross-entropies, EOS included, over the global batch: one division by the
 number of tokens of an optimiser step, all ranks and micro-batches together.
@@ -9,18 +9,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import TaskType
 from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from rlhf.config.peft import lora_of
 from rlhf.data import load_demonstrations, training_texts
 from rlhf.data.tokenization import EncodedPair, encode_pair, fit_lengths
-from rlhf.errors import DataError
+from rlhf.errors import ConfigError, DataError
+from rlhf.models.adapters import add_adapter, backbone_of
 from rlhf.models.loading import check_vocabulary, load_policy, load_tokenizer
 from rlhf.models.positions import check_positions
 from rlhf.models.scratch import build_from_scratch
+from rlhf.models.seq2seq import is_encoder_decoder
 from rlhf.ops.logprobs import token_logprobs
 from rlhf.ops.sequences import position_ids, right_pad
 from rlhf.stages.context import StageContext, StageOutput, publish, publish_model, save_partial
+from rlhf.stages.seq2seq_training import DemonstrationCollator, sft_rows
 from rlhf.stages.trl_adapter import Training, open_tracker, plan_schedule
 from rlhf.stages.trl_checkpoints import find_checkpoint
 
@@ -40,8 +45,20 @@ def run(context: StageContext) -> StageOutput:
     base = base_model(context)
     key = "model.path" if section.base is None else "sft.base"
     tokenizer = load_tokenizer(base, config.model, key)
-    model = load_policy(base, config.model, torch.float32, key)
+    lora = lora_of(config, "sft")
+    model = load_policy(base if lora is None else backbone_of(base, key), config.model, torch.float32, key)
     check_vocabulary(model, tokenizer, base)
+    if lora is not None:
+        model = add_adapter(
+            model,
+            base,
+            lora,
+            task=TaskType.CAUSAL_LM,
+            seed=config.seed,
+            key=key,
+            dropout=lora.dropout,
+            revision=config.model.revision if base == config.model.path else None,
+        )
     # 2. The demonstrations as token ids.
     splits = fit_lengths(load_demonstrations(config.data), tokenizer, config.data)
     if "evaluate" in config.stages and not splits.test:
@@ -65,9 +82,7 @@ def run(context: StageContext) -> StageOutput:
             tracker,
             model=model,
             tokenizer=tokenizer,
-            rows=training_rows(train, train_on_prompt=section.train_on_prompt),
-            # Masks come from lengths, so it does not matter which token fills the padding.
-            collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+            **_rows_and_collator(model, tokenizer, train, train_on_prompt=section.train_on_prompt),
         )
         training.run(checkpoint)
         # 4. Publish; 5. judge what was published, as the next stage will load it.
@@ -102,6 +117,22 @@ def base_model(context: StageContext) -> str:
     return str(initial)
 
 
+def _rows_and_collator(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[EncodedPair], *, train_on_prompt: bool
+) -> dict[str, Any]:
+    """The demonstrations' columns and what makes batches of them, for a causal or an encoder-decoder model."""
+    if is_encoder_decoder(model):
+        if train_on_prompt:
+            raise ConfigError(
+                f"sft.train_on_prompt=true needs a causal model: the prompts of {type(model).__name__} go to its "
+                "encoder, which predicts nothing. Set sft.train_on_prompt=false"
+            )
+        return {"rows": sft_rows(pairs), "collator": DemonstrationCollator(model)}
+    # Masks come from lengths, so it does not matter which token fills the padding.
+    collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    return {"rows": training_rows(pairs, train_on_prompt=train_on_prompt), "collator": collator}
+
+
 def training_rows(pairs: list[EncodedPair], *, train_on_prompt: bool) -> dict[str, list[list[int]]]:
     """Columns `input_ids` and `labels`; labels are -100 where a token does not count."""
     ids = [pair.prompt_ids + pair.response_ids for pair in pairs]
@@ -132,15 +163,24 @@ def loss_and_correct(
     model: PreTrainedModel, pairs: list[EncodedPair], pad_id: int, device: torch.device
 ) -> torch.Tensor:
     """Sums over the response tokens: cross-entropy in nats, tokens predicted right, tokens. (3,) float64."""
+    if is_encoder_decoder(model):
+        batch = DemonstrationCollator(model)([pair._asdict() for pair in pairs])
+        batch = {name: value.to(device) for name, value in batch.items()}
+        targets = batch.pop("labels")
+        counted, logits = targets != IGNORED, model(**batch, use_cache=False).logits
+        return _sums(logits, targets.clamp(min=0), counted)
     ids, mask = right_pad([pair.prompt_ids + pair.response_ids for pair in pairs], pad_id=pad_id)
     counts, _ = right_pad(
         [[0] * len(pair.prompt_ids) + [1] * len(pair.response_ids) for pair in pairs], pad_id=0, width=ids.shape[1]
     )
     ids, mask, counted = ids.to(device), mask.to(device), counts.bool().to(device)[:, 1:]
     output = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-    logits, targets = output.logits[:, :-1], ids[:, 1:]
+    return _sums(output.logits[:, :-1], ids[:, 1:], counted)
+
+
+def _sums(logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     logprobs = token_logprobs(logits=logits, tokens=targets, temperature=1.0)
-    zero = torch.zeros((), device=device)
+    zero = torch.zeros((), device=logits.device)
     loss = -torch.where(counted, logprobs, zero).double().sum()
     correct = ((logits.argmax(-1) == targets) & counted).sum()
     return torch.stack([loss, correct.double(), counted.sum().double()])

@@ -1,4 +1,6 @@
-"""Between our config, run folder and tracker and the trainers of TRL: arguments, order of examples, callbacks, resume.
+"""Between our config, run folder and tracker and the trainers: arguments, order of examples, callbacks, resume.
+
+TRL's trainers train causal models, those of `rlhf.stages.seq2seq_training` encoder-decoder models.
 
 The trainer decides nothing that a number of ranks could change: it is given the examples of every step in order, all
 batches are full, and the last batch of an epoch goes on into the next one.
@@ -13,11 +15,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import huggingface_hub.constants
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
@@ -27,8 +30,10 @@ from rlhf.distributed.runtime import reset_library_state
 from rlhf.distributed.zero import deepspeed_json
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.loading import quiet
+from rlhf.models.seq2seq import is_encoder_decoder
 from rlhf.runs.files import disk_errors
 from rlhf.runs.tracking import Tracker
+from rlhf.stages.seq2seq_training import ComparisonTrainer, DemonstrationTrainer
 from rlhf.stages.trl_checkpoints import Checkpoint, complete_checkpoint
 
 if TYPE_CHECKING:
@@ -105,8 +110,13 @@ def example_order(schedule: Schedule, *, seed: int, purpose: str) -> list[int]:
 
 
 def training_arguments(
-    kind: Kind, section: TrainingConfig, context: StageContext, schedule: Schedule
-) -> SFTConfig | RewardConfig:
+    kind: Kind,
+    section: TrainingConfig,
+    context: StageContext,
+    schedule: Schedule,
+    *,
+    encoder_decoder: bool = False,
+) -> TrainingArguments:
     """The trainer's arguments. Under ZeRO-3 models loaded after this call are sharded: load them before."""
     runtime = context.runtime
     on_cpu = runtime.device.type == "cpu"
@@ -132,7 +142,6 @@ def training_arguments(
         "train_sampling_strategy": "sequential",
         "dataloader_num_workers": 0,
         "remove_unused_columns": False,
-        "max_length": None,
         "optim": "adamw_torch",
         "learning_rate": section.learning_rate,
         "lr_scheduler_type": _SCHEDULES[section.schedule],
@@ -160,12 +169,27 @@ def training_arguments(
         "log_level_replica": "error",
         "push_to_hub": False,
     }
+    if encoder_decoder:
+        return TrainingArguments(**arguments)
     if kind == "sft":
         # The rows come with ids and labels; there is nothing left to prepare.
         arguments |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "packing": False, "shuffle_dataset": False}
-        return SFTConfig(**arguments)
-    arguments |= {"disable_dropout": True, "center_rewards_coefficient": getattr(section, "center_coefficient", 0.0)}
-    return RewardConfig(**arguments)
+        return SFTConfig(**arguments, max_length=None)
+    arguments |= {"disable_dropout": True, "center_rewards_coefficient": _center_coefficient(section)}
+    return RewardConfig(**arguments, max_length=None)
+
+
+def _center_coefficient(section: TrainingConfig) -> float:
+    """Of the section of a reward model."""
+    return float(getattr(section, "center_coefficient", 0.0))
+
+
+def _trainer_class(kind: Kind, section: TrainingConfig, *, encoder_decoder: bool) -> Any:
+    if encoder_decoder and kind == "reward_model":
+        return partial(ComparisonTrainer, center_coefficient=_center_coefficient(section))
+    if encoder_decoder:
+        return DemonstrationTrainer
+    return SFTTrainer if kind == "sft" else RewardTrainer
 
 
 class _TrackingCallback(TrainerCallback):
@@ -234,7 +258,7 @@ def _silence() -> Iterator[None]:
 
 
 class Training:
-    """One training of a stage by a TRL trainer, from its arguments to the trained weights."""
+    """One training of a stage by a trainer, from its arguments to the trained weights."""
 
     def __init__(
         self,
@@ -258,10 +282,11 @@ class Training:
         # A library that reports its use to its maker would also wait for the network.
         huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
         with _silence():
-            trainer_class: Any = SFTTrainer if kind == "sft" else RewardTrainer
+            encoder_decoder = is_encoder_decoder(model)
+            trainer_class = _trainer_class(kind, section, encoder_decoder=encoder_decoder)
             self.trainer: Any = trainer_class(
                 model=model,
-                args=training_arguments(kind, section, context, schedule),
+                args=training_arguments(kind, section, context, schedule, encoder_decoder=encoder_decoder),
                 train_dataset=Dataset.from_dict(dict(rows)).select(order),
                 processing_class=tokenizer,
                 data_collator=collator,

@@ -84,11 +84,52 @@ def clipped_objective(ratio: float, advantage: float, clip_low: float, clip_high
     return (1 - clip_low if ratio < 1 - clip_low else ratio) * advantage
 
 
+def dual_clipped_objective(ratio: float, advantage: float, clip_low: float, clip_high: float, bound: float) -> float:
+    """`clipped_objective`, and for a negative advantage never below bound * advantage (Ye et al. 2020)."""
+    objective = clipped_objective(ratio, advantage, clip_low, clip_high)
+    return bound * advantage if advantage < 0 and objective < bound * advantage else objective
+
+
+def aggregate(rows: Sequence[Sequence[float]], aggregation: str, longest: int) -> float:
+    """One number of the token losses of each response; a response without tokens does not exist."""
+    responses = [row for row in rows if len(row) > 0]
+    if aggregation == "token_mean":
+        tokens = [loss for row in responses for loss in row]
+        return sum(tokens) / len(tokens)
+    divisors = [len(row) if aggregation == "sequence_mean" else longest for row in responses]
+    parts = [sum(row) / divisor for row, divisor in zip(responses, divisors, strict=True)]
+    return sum(parts) / len(parts)
+
+
+def kl_estimate(policy: float, reference: float, estimator: str) -> float:
+    """Estimator k1, k2 or k3 of KL(policy || reference) for a token with these probabilities (Schulman 2020)."""
+    if estimator == "k1":
+        return math.log(policy / reference)
+    if estimator == "k2":
+        return math.log(reference / policy) ** 2 / 2
+    return reference / policy - 1 - math.log(reference / policy)
+
+
 def clipped_value_error(value: float, old_value: float, target: float, clip: float) -> float:
     """Half the larger squared error of the value and of the value moved at most `clip` away from the old one."""
     step = value - old_value
     limited = old_value + (math.copysign(clip, step) if abs(step) > clip else step)
     return 0.5 * max((value - target) ** 2, (limited - target) ** 2)
+
+
+def tensorflow_adam(
+    start: float, gradients: Sequence[float], rate: float, beta1: float, beta2: float, epsilon: float, decay: float
+) -> list[float]:
+    """The parameter after each step. The averages are sums over all gradients so far, not recursive."""
+    parameter, path = start, []
+    for count in range(1, len(gradients) + 1):
+        ages = [count - 1 - index for index in range(count)]
+        first = sum((1 - beta1) * beta1**age * gradients[index] for index, age in enumerate(ages))
+        second = sum((1 - beta2) * beta2**age * gradients[index] ** 2 for index, age in enumerate(ages))
+        size = rate * math.sqrt(1 - beta2**count) / (1 - beta1**count)
+        parameter = parameter - rate * decay * parameter - size * first / (math.sqrt(second) + epsilon)
+        path.append(parameter)
+    return path
 
 
 def logistic_pair_loss(chosen: float, rejected: float, margin: float = 0.0) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.ops import logprobs as module
-from rlhf.ops.logprobs import entropy, logprobs_and_entropy, row_blocks, token_logprobs
+from rlhf.ops.logprobs import Excluded, entropy, logprobs_and_entropy, row_blocks, token_logprobs
 from tests.unit import oracles
 from tests.unit.ragged import backward
 
@@ -127,6 +127,62 @@ def test_excluded_tokens_have_no_entropy() -> None:
     assert logits.grad.isfinite().all()
 
 
+def _excluded_case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Excluded]:
+    """Tokens 2 and 5 are left out in the first two slots of the first two rows; none of them stands there."""
+    logits, tokens = _case(dtype)
+    slots = torch.zeros(3, 4, dtype=torch.bool)
+    slots[:2, :2] = True
+    tokens[:2, :2] = torch.tensor([[0, 1], [3, 6]])
+    return logits, tokens, Excluded(torch.tensor([2, 5]), slots)
+
+
+@pytest.mark.parametrize("max_entries", [7, 14, 10**6])
+def test_excluded_slots_against_oracle(max_entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An excluded token is one that the softmax never had; the gradient is that of the shorter softmax."""
+    monkeypatch.setattr(module, "MAX_BLOCK_ENTRIES", max_entries)
+    logits, tokens, excluded = _excluded_case()
+    kept_logits = logits.clone()
+    found, entropies = logprobs_and_entropy(logits=logits, tokens=tokens, temperature=0.7, excluded=excluded)
+    alone = token_logprobs(logits=logits, tokens=tokens, temperature=0.7, excluded=excluded)
+    assert torch.equal(found, alone)
+    assert torch.equal(logits, kept_logits), "the logits themselves are left alone"
+    for row in range(3):
+        for slot in range(4):
+            kept = [0, 1, 3, 4, 6] if excluded.slots[row, slot] else list(range(7))
+            entries = logits[row, slot, kept].tolist()
+            expected = oracles.log_softmax(entries, 0.7)[kept.index(int(tokens[row, slot]))]
+            assert found[row, slot].item() == pytest.approx(expected, abs=1e-5)
+            assert entropies[row, slot].item() == pytest.approx(oracles.entropy(entries, 0.7), abs=1e-5)
+
+
+def test_excluded_slots_have_numerically_right_gradients() -> None:
+    logits, tokens, excluded = _excluded_case(torch.float64)
+    logits.requires_grad_()
+
+    def both(leaf: Tensor) -> tuple[Tensor, Tensor]:
+        return logprobs_and_entropy(logits=leaf, tokens=tokens, temperature=0.7, excluded=excluded)
+
+    assert torch.autograd.gradcheck(both, (logits,))
+    found, entropies = both(logits)
+    backward(found.sum() + entropies.sum())
+    assert logits.grad is not None
+    assert (logits.grad[:2, :2, [2, 5]] == 0).all()
+    assert (logits.grad[2, :, [2, 5]] != 0).all()
+
+
+def test_an_excluded_token_itself_is_impossible_and_has_no_gradient() -> None:
+    logits, tokens, excluded = _excluded_case()
+    tokens[0, 0] = 5
+    logits.requires_grad_()
+    found = token_logprobs(logits=logits, tokens=tokens, temperature=0.7, excluded=excluded)
+    assert found[0, 0] == -math.inf
+    assert found.isinf().sum() == 1
+    backward(found[0, 0])
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[0, 0, [2, 5]] == 0).all()
+
+
 def test_unused_tokens_get_zero_gradient_row_14() -> None:
     """Row 14: logits of a padded slot may be NaN; a loss that masks it leaves no NaN behind."""
     logits, tokens = _case()
@@ -160,3 +216,8 @@ def test_refusals() -> None:
         token_logprobs(logits=logits, tokens=tokens.float(), temperature=1.0)
     with pytest.raises(ValueError, match="temperature must be positive"):
         token_logprobs(logits=logits, tokens=tokens, temperature=0.0)
+    narrow = Excluded(torch.tensor([1]), torch.ones(3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"excluded slots \(B, R\) and tokens"):
+        token_logprobs(logits=logits, tokens=tokens, temperature=1.0, excluded=narrow)
+    with pytest.raises(TypeError, match="excluded_slots must be a bool"):
+        token_logprobs(logits=logits, tokens=tokens, temperature=1.0, excluded=Excluded(narrow.token_ids, tokens))

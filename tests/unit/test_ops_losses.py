@@ -41,7 +41,7 @@ def test_policy_loss_by_hand() -> None:
 
 def test_first_epoch_has_ratio_one() -> None:
     logprobs = -torch.rand(2, 3)
-    arguments = {"advantages": torch.randn(2, 3), "mask": torch.ones(2, 3, dtype=torch.bool)}
+    arguments: dict[str, Any] = {"advantages": torch.randn(2, 3), "mask": torch.ones(2, 3, dtype=torch.bool)}
     loss_sum, _, metrics = ppo_policy_loss(
         logprobs=logprobs, old_logprobs=logprobs, clip_low=0.2, clip_high=0.2, **arguments
     )
@@ -204,6 +204,7 @@ def test_empty_batch_contributes_nothing() -> None:
     assert (loss_sum.item(), count.item()) == (0.0, 0)
     assert {name: value.item() for name, value in metrics.items()} == {
         "clip_fraction": 0.0,
+        "dual_clip_fraction": 0.0,
         "approx_kl": 0.0,
         "ratio_max": 0.0,
     }

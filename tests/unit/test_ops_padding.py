@@ -13,7 +13,15 @@ from torch import Tensor
 from rlhf.ops.advantages import gae, token_rewards
 from rlhf.ops.kl import k1, k2, k3
 from rlhf.ops.logprobs import logprobs_and_entropy
-from rlhf.ops.losses import ppo_policy_loss, ppo_value_loss
+from rlhf.ops.losses import (
+    KLLossEstimator,
+    LossAggregation,
+    aggregation_weights,
+    kl_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
+    weighted_sum,
+)
 from rlhf.ops.masked import explained_variance, masked_mean, masked_sum, masked_var, masked_whiten
 from rlhf.ops.sequences import gather_last
 from tests.unit.ragged import FILLS, backward, fill, normal, ragged
@@ -26,6 +34,37 @@ def _policy(first: Tensor, second: Tensor, third: Tensor, mask: Tensor) -> list[
         logprobs=first, old_logprobs=second, advantages=third, mask=mask, clip_low=0.2, clip_high=0.3
     )
     return [loss, count, *metrics.values()]
+
+
+def _dual_clip(aggregation: LossAggregation) -> Operation:
+    """The policy loss with weights that have garbage in the padding themselves: what fills the advantages there."""
+
+    def run(first: Tensor, second: Tensor, third: Tensor, mask: Tensor) -> list[Tensor]:
+        weights = aggregation_weights(mask=mask, aggregation=aggregation, length=7)
+        weights = torch.where(mask, weights, third.detach().to(weights.dtype))
+        loss, count, metrics = ppo_policy_loss(
+            logprobs=first,
+            old_logprobs=second,
+            advantages=third,
+            mask=mask,
+            clip_low=0.2,
+            clip_high=0.3,
+            dual_clip=1.5,
+            weights=weights,
+        )
+        return [loss, count, *metrics.values()]
+
+    return run
+
+
+def _kl_term(estimator: KLLossEstimator) -> Operation:
+    def run(first: Tensor, second: Tensor, third: Tensor, mask: Tensor) -> list[Tensor]:
+        loss, count, metrics = kl_loss(
+            logprobs=first, reference_logprobs=second, mask=mask, estimator=estimator, weights=third
+        )
+        return [loss, count, *metrics.values()]
+
+    return run
 
 
 def _value(first: Tensor, second: Tensor, third: Tensor, mask: Tensor) -> list[Tensor]:
@@ -50,6 +89,13 @@ OPERATIONS: dict[str, Operation] = {
     "explained_variance": lambda a, b, c, mask: [explained_variance(predictions=a, targets=b, mask=mask)],
     "gather_last": lambda a, b, c, mask: [gather_last(a, mask)],
     "policy_loss": _policy,
+    "dual_clip_token_mean": _dual_clip("token_mean"),
+    "dual_clip_sequence_mean": _dual_clip("sequence_mean"),
+    "dual_clip_fixed_length": _dual_clip("fixed_length"),
+    "weighted_sum": lambda a, b, c, mask: [weighted_sum(values=a, mask=mask, weights=b)],
+    "kl_loss_k1": _kl_term("k1"),
+    "kl_loss_k2": _kl_term("k2"),
+    "kl_loss_k3": _kl_term("k3"),
     "value_loss": _value,
     "advantages": _advantages,
 }
@@ -117,7 +163,7 @@ def test_pad_length_never_matters_row_18(case: tuple[Tensor, torch.Generator], e
     wide_first, wide_second, wide_third = (
         torch.nn.functional.pad(tensor, (0, extra), value=1e4) for tensor in (first, second, third)
     )
-    for operation in (_policy, _value):
+    for operation in (_policy, _dual_clip("sequence_mean"), _dual_clip("fixed_length"), _kl_term("k3"), _value):
         narrow = operation(first, second, third, mask)
         for expected, found in zip(narrow, operation(wide_first, wide_second, wide_third, wide_mask), strict=True):
             torch.testing.assert_close(found, expected)

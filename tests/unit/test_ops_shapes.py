@@ -20,6 +20,7 @@ CHECKED = (
     "rlhf.ops.advantages",
     "rlhf.ops.losses",
     "rlhf.ops.sequences",
+    "rlhf.ops.moments",
     "rlhf.batches",
 )
 
@@ -69,6 +70,23 @@ def test_every_operation_has_the_shapes_it_says(checked: dict[str, ModuleType]) 
     losses.ppo_policy_loss(logprobs=ONES, old_logprobs=ONES, advantages=ONES, mask=MASK, clip_low=0.2, clip_high=0.2)
     for clip in (0.2, None):
         losses.ppo_value_loss(values=ONES, old_values=ONES, returns=ONES, mask=MASK, clip=clip)
+    for aggregation in ("token_mean", "sequence_mean", "fixed_length"):
+        weights = losses.aggregation_weights(mask=MASK, aggregation=aggregation, length=3)
+        losses.aggregation_count(mask=MASK, aggregation=aggregation)
+        losses.weighted_sum(values=ONES, mask=MASK, weights=weights)
+    losses.weighted_sum(values=ONES, mask=MASK)
+    losses.ppo_policy_loss(
+        logprobs=ONES,
+        old_logprobs=ONES,
+        advantages=ONES,
+        mask=MASK,
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=3.0,
+        weights=weights,
+    )
+    for estimator in ("k1", "k2", "k3"):
+        losses.kl_loss(logprobs=ONES, reference_logprobs=ONES, mask=MASK, estimator=estimator, weights=weights)
     losses.pairwise_loss(chosen=ONES[0], rejected=ONES[1], margin=ONES[0])
     sequences = checked["sequences"]
     sequences.last_token_index(MASK)
@@ -77,6 +95,7 @@ def test_every_operation_has_the_shapes_it_says(checked: dict[str, ModuleType]) 
     sequences.left_pad([[1, 2], [3]], pad_id=0)
     sequences.right_pad([[1, 2], [3]], pad_id=0)
     sequences.response_mask(TOKENS, stop_ids=[1])
+    checked["moments"].RunningMoments().update(ONES)
 
 
 def test_the_check_is_on(checked: dict[str, ModuleType]) -> None:

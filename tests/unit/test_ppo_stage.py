@@ -16,12 +16,12 @@ from rlhf.distributed.checkpoints import latest_checkpoint
 from rlhf.errors import ConfigError
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.scoring import response_logprobs
-from rlhf.rewards.learned import LearnedReward, ScoreStatistics
-from rlhf.runs.tracking import Tracker
+from rlhf.ops.moments import RunningMoments
 from rlhf.stages.ppo import loop
-from rlhf.stages.ppo.models import load_models
-from rlhf.stages.ppo.rollout import choose_prompts, transform_scores
-from rlhf.stages.ppo.update import minibatches, num_micro_batches, optimise
+from rlhf.stages.ppo.prepare import load_models, prepare_job
+from rlhf.stages.ppo.rollout import choose_prompts, gather_experience, transform_scores
+from rlhf.stages.ppo.state import TrainingState
+from rlhf.stages.ppo.update import Updater, minibatches, num_micro_batches
 from rlhf.stages.sampling import EncodedPrompt, stop_token_ids
 from tests.ppo_example import ppo_config, ppo_context, write_models
 from tests.stage_example import metrics_of, weight_bytes
@@ -51,19 +51,49 @@ def test_a_prompt_that_comes_twice_in_a_batch_is_another_sample() -> None:
     assert len({(row.prompt.key, row.sample_index) for row in rows}) == 8
 
 
-def _reward(statistics: ScoreStatistics | None) -> LearnedReward:
-    nothing: Any = None
-    return LearnedReward(nothing, nothing, statistics, torch.device("cpu"), True)
+def _transformed(
+    section: PPOConfig, raw: list[float], stopped: list[bool] | None = None, lengths: list[int] | None = None
+) -> list[float]:
+    flags = torch.tensor(stopped if stopped is not None else [True] * len(raw))
+    counts = torch.tensor(lengths if lengths is not None else [1] * len(raw))
+    moments = RunningMoments() if section.score_normalization == "running" else None
+    return transform_scores(torch.tensor(raw), flags, counts, section, moments).tolist()
 
 
-def test_scores_are_normalised_then_clipped_then_charged() -> None:
-    raw, stopped = torch.tensor([1.0, 5.0, -7.0]), torch.tensor([True, False, True])
-    section = PPOConfig(normalize_score=True, score_clip=1.5, missing_eos_penalty=1.0)
-    # (1-1)/2 = 0; (5-1)/2 = 2 -> 1.5 - 1; (-7-1)/2 = -4 -> -1.5
-    scores = transform_scores(raw, stopped, _reward(ScoreStatistics(1.0, 2.0)), section)
-    assert scores.tolist() == [0.0, 0.5, -1.5]
-    plain = transform_scores(raw, stopped, _reward(None), PPOConfig())
-    assert plain.tolist() == [1.0, 5.0, -7.0]
+def test_scores_are_clipped_then_charged() -> None:
+    section = PPOConfig(score_clip=1.5, missing_eos_penalty=1.0)
+    # 0 stays; 2 -> 1.5, minus 1 because it never stopped; -4 -> -1.5
+    assert _transformed(section, [0.0, 2.0, -4.0], [True, False, True]) == [0.0, 0.5, -1.5]
+    assert _transformed(PPOConfig(), [1.0, 5.0, -7.0]) == [1.0, 5.0, -7.0]
+
+
+def test_row_19_a_penalty_may_replace_the_score_of_a_response_that_never_stopped() -> None:
+    section = PPOConfig(missing_eos_penalty=1.0, missing_eos_mode="replace")
+    assert _transformed(section, [3.0, 3.0], [True, False]) == [3.0, -1.0]
+
+
+def test_length_is_charged_beyond_the_free_tokens() -> None:
+    section = PPOConfig(length_penalty=0.5, length_penalty_free_tokens=4)
+    # 3 and 4 tokens are free, 6 tokens are 2 too many: minus 1
+    assert _transformed(section, [1.0, 1.0, 1.0], lengths=[3, 4, 6]) == [1.0, 1.0, 0.0]
+
+
+def test_running_normalisation_knows_all_scores_so_far() -> None:
+    section = PPOConfig(score_normalization="running")
+    moments = RunningMoments()
+    stopped, lengths = torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.long)
+    first = transform_scores(torch.tensor([1.0, 3.0]), stopped, lengths, section, moments)
+    assert first.tolist() == [-1.0, 1.0]  # mean 2, deviation 1
+    second = transform_scores(torch.tensor([5.0, 7.0]), stopped, lengths, section, moments)
+    # of 1, 3, 5, 7: mean 4, variance 5
+    torch.testing.assert_close(second, torch.tensor([1.0, 3.0]) / 5**0.5)
+
+
+def test_several_responses_to_a_prompt_are_neighbours_and_different_samples() -> None:
+    rows = choose_prompts(_prompts(10), 0, 6, seed=1, responses_per_prompt=3)
+    assert [row.sample_index for row in rows] == [0, 1, 2, 0, 1, 2]
+    assert len({row.prompt.key for row in rows[:3]}) == 1
+    assert rows[0].prompt.key != rows[3].prompt.key
 
 
 def test_minibatches_are_one_permutation_and_differ_by_epoch() -> None:
@@ -93,24 +123,13 @@ def _first_update(
 ) -> tuple[dict[str, Tensor], dict[str, float], PPOBatch]:
     """Runs one update by hand; the weights after it, its statistics and the batch it was trained on."""
     config = ppo_config(**ppo)
-    context = ppo_context(config, folder, inputs)
-    models = load_models(context)
-    engine = loop._make_engine(context, models)
-    with Tracker.open(context.run, config.tracking, "ppo", 1) as tracker:
-        prompts = loop._load_prompts(context, models, tracker)
-    experience = loop._gather_experience(context, engine, models, prompts, 0)
-    section = config.ppo
-    batch = make_ppo_batch(
-        experience.scored,
-        kl_coefficient=section.kl_coefficient,
-        kl_estimator=section.kl_estimator,
-        gamma=section.gamma,
-        lam=section.lam,
-        whiten_advantages=section.whiten_advantages,
-        score_position=section.score_position,
-    )
-    statistics = optimise(engine, batch, section, context.runtime, config.seed, 0)
-    return engine.unwrapped.state_dict(), statistics.means(context.runtime, section.value_coefficient), batch
+    job = prepare_job(ppo_context(config, folder, inputs))
+    engine, section, state = loop.make_engine(job), config.ppo, TrainingState.start(config.ppo)
+    experience = gather_experience(engine, job.models, job.prompts, section, job.runtime, config.seed, 0)
+    batch = loop.make_batch(experience, section, state, state.kl_coefficient)
+    updater = Updater(engine, section, job.runtime, 1, job.models.scoring, job.demonstrations, job.models.pad_id)
+    statistics = updater.optimise(batch, 0, state.kl_coefficient)
+    return engine.unwrapped.state_dict(), statistics.means(job.runtime, section, state.kl_coefficient), batch
 
 
 def test_rows_8_and_24_the_first_step_has_ratio_one_and_no_kl(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -232,10 +251,31 @@ KNOBS: dict[str, Any] = {
     "value_clip": 0.001,
     "value_coefficient": 1.0,
     "whiten_advantages": False,
-    "normalize_score": False,
+    "score_normalization": "running",
     "score_clip": 0.01,
     "missing_eos_penalty": 2.0,
+    "missing_eos_mode": ("replace", {"missing_eos_penalty": 2.0}),
+    "length_penalty": 0.3,
+    "length_penalty_free_tokens": (4, {"length_penalty": 0.3}),
     "score_position": "after_eos",
+    "whiten_rewards": True,
+    "value_network": "shared_trunk",
+    "reference_refresh_every": 1,
+    "ema_decay": 0.5,
+    "responses_per_prompt": 4,
+    "min_response_tokens": 6,
+    "stop_tokens": (tuple("abcdefghijklmnopqrstuvwxyz"), {}),
+    "critic_warmup_updates": 1,
+    "adam_epsilon_placement": "tensorflow",
+    "kl_placement": "loss",
+    "kl_target_nats_per_sequence": 1e-4,
+    "kl_horizon_episodes": (20, {"kl_target_nats_per_sequence": 1e-4, "kl_coefficient": 1.0}),
+    "kl_stop_nats_per_token": 1e-9,
+    "dual_clip": (1.01, {"learning_rate": 0.1, "clip_high": 10.0}),
+    "loss_aggregation": "sequence_mean",
+    "entropy_coefficient": 0.5,
+    "ptx_coefficient": 1.0,
+    "ptx_batch_size": (4, {"ptx_coefficient": 1.0}),
 }
 # These name inputs, sizes that must not change the result, or what is written how often.
 NOT_KNOBS = {
@@ -246,6 +286,10 @@ NOT_KNOBS = {
     "micro_batch_size",
     "rollout_batch_size",
     "gradient_checkpointing",
+    "logprob_chunk_tokens",
+    "exact_kl_rows",
+    "self_test",
+    "guards",
     "samples_every",
     "num_samples_shown",
     "save_every",
@@ -267,15 +311,21 @@ def plain_run(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize("knob", sorted(KNOBS))
 def test_row_26_every_knob_works(knob: str, inputs: dict[str, str], plain_run: Path, tmp_path: Path) -> None:
     given = dict(inputs)
-    if knob == "value_init":
+    if knob in ("value_init", "value_network"):
         del given["value_model"]
-    context = ppo_context(ppo_config(**{knob: KNOBS[knob]}), tmp_path, given)
-    loop.run(context)
-    changed = [
-        weight_bytes(tmp_path, "ppo") != weight_bytes(plain_run, "ppo"),
-        _value_weights(tmp_path) != _value_weights(plain_run),
-    ]
-    assert any(changed)
+    value = KNOBS[knob]
+    if isinstance(value, tuple):
+        # A field that means something beside others only: the run without it has those.
+        value, others = value
+        loop.run(ppo_context(ppo_config(**others), tmp_path / "plain", given))
+        plain_run = tmp_path / "plain"
+    else:
+        others = {}
+    loop.run(ppo_context(ppo_config(**others, **{knob: value}), tmp_path / "changed", given))
+    changed = tmp_path / "changed"
+    assert weight_bytes(changed, "ppo") != weight_bytes(plain_run, "ppo") or (
+        _value_weights(changed) != _value_weights(plain_run)
+    )
 
 
 def _value_weights(run: Path) -> bytes:
@@ -283,7 +333,16 @@ def _value_weights(run: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rollout_batch_size", 3), ("gradient_checkpointing", True), ("micro_batch_size", 2)]
+    ("field", "value"),
+    [
+        ("rollout_batch_size", 3),
+        ("gradient_checkpointing", True),
+        ("micro_batch_size", 2),
+        ("logprob_chunk_tokens", 3),
+        ("exact_kl_rows", 0),
+        ("self_test", False),
+        ("guards", "off"),
+    ],
 )
 def test_sizes_change_rounding_only(
     field: str, value: object, inputs: dict[str, str], plain_run: Path, tmp_path: Path

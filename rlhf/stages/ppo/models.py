@@ -1,109 +1,333 @@
-"""The models of PPO: one trainable module of policy and critic, a frozen reference, a frozen reward model."""
+"""The models of PPO: one trainable module of policy and critic, a frozen reference, and the rewards."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import ConfigError
-from rlhf.models.loading import disable_dropout, load_policy, load_tokenizer, place
-from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
-from rlhf.models.scoring import response_logprobs_and_entropy
-from rlhf.ops.sequences import position_ids
-from rlhf.rewards.learned import LearnedReward, same_token_ids
+from rlhf.models.sampling import Suppressed, suppress_logits
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.scoring import (
+    logprobs_from_hidden,
+    response_hidden_states,
+    response_logits,
+    response_logprobs,
+    response_logprobs_and_entropy,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rlhf.stages.context import StageContext
+    from rlhf.models.shared_base import SharedBase
+    from rlhf.rewards.composition import RewardSet
+    from rlhf.stages.ppo.self_test import Facts
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How log-probs are computed, the same for old, new and reference ones and for sampling.
+
+    `chunk_tokens`: logits exist for that many tokens at a time (None: for all of a micro-batch).
+    """
+
+    temperature: float
+    suppressed: Suppressed | None = None
+    chunk_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Prompts left-padded to `num_prompt` columns, then responses: ids (B, T) int64 and mask (B, T) bool."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    num_prompt: int
+
+    def of_policy(self, model: nn.Module, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (B, R) of the responses under a language model."""
+        return response_logprobs_and_entropy(
+            model,
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask,
+            num_prompt=self.num_prompt,
+            temperature=scoring.temperature,
+            suppressed=scoring.suppressed,
+            chunk_tokens=scoring.chunk_tokens,
+        )
+
+    def logprobs(self, model: nn.Module, scoring: Scoring) -> Tensor:
+        """Log-probs (B, R) of the responses under a language model, without their entropies."""
+        return response_logprobs(
+            model,
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask,
+            num_prompt=self.num_prompt,
+            temperature=scoring.temperature,
+            suppressed=scoring.suppressed,
+            chunk_tokens=scoring.chunk_tokens,
+        )
+
+    def logits(self, model: nn.Module, scoring: Scoring) -> Tensor:
+        """Logits (B, R, V) as they are sampled from, before the temperature."""
+        logits = response_logits(
+            model, input_ids=self.input_ids, attention_mask=self.attention_mask, num_prompt=self.num_prompt
+        )
+        return suppress_logits(logits, scoring.suppressed)
+
+
+# Demonstrations are imitated as they are, whatever the sampling does.
+IMITATION = Scoring(temperature=1.0)
 
 
 class ActorCritic(nn.Module):
-    """Policy and critic as one module, so that one engine shards both and one forward pass serves both losses."""
+    """Policy and critic as one module, so that one engine shards both and one forward pass serves all losses."""
+
+    def forward(
+        self, batch: TokenBatch, scoring: Scoring, demonstrations: TokenBatch | None = None
+    ) -> tuple[Tensor, ...]:
+        """Log-probs and entropies of the response tokens and the values of the states they were chosen in, all (B, R).
+
+        The value of response token t is that of its state: the prompt and the response up to, and without, t. With
+        `demonstrations` a fourth tensor follows: the log-probs of their responses.
+        """
+        logprobs, entropy, values = self.evaluate(batch, scoring)
+        if demonstrations is None:
+            return logprobs, entropy, values
+        with self.policy_role() as policy:
+            return logprobs, entropy, values, demonstrations.logprobs(policy, IMITATION)
+
+    def evaluate(self, batch: TokenBatch, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, entropies and values."""
+        raise NotImplementedError
+
+    def policy_role(self) -> AbstractContextManager[PreTrainedModel]:
+        """The language model that is the policy, to sample from."""
+        raise NotImplementedError
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What the policy's learning rate is for."""
+        raise NotImplementedError
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """What the critic's learning rate is for."""
+        raise NotImplementedError
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass."""
+        raise NotImplementedError
+
+
+class SeparateActorCritic(ActorCritic):
+    """Two transformers."""
 
     def __init__(self, policy: PreTrainedModel, critic: ScalarModel) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, num_prompt: int, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs and entropies of the response tokens, and the values of the states they were chosen in.
+    def evaluate(self, batch: TokenBatch, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, entropy = batch.of_policy(self.policy, scoring)
+        values = self.critic.response_values(batch.input_ids, batch.attention_mask, batch.num_prompt)
+        return logprobs, entropy, values[:, :-1]
 
-        `input_ids` and `attention_mask` (bool) have shape (B, T), prompts left-padded to `num_prompt` tokens. All three
-        results have shape (B, R). The value of response token t is read at the token before it: V(s_t), s_t being the
-        prompt and the response up to, and without, t.
-        """
-        logprobs, entropy = response_logprobs_and_entropy(
-            self.policy,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            num_prompt=num_prompt,
-            temperature=temperature,
-        )
-        values = self.critic(input_ids, attention_mask, position_ids(attention_mask))[:, num_prompt - 1 : -1]
-        return logprobs, entropy, values
+    @contextmanager
+    def policy_role(self) -> Iterator[PreTrainedModel]:
+        yield self.policy
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        return list(self.policy.parameters())
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        return list(self.critic.parameters())
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.policy.gradient_checkpointing_enable()
+        self.critic.model.gradient_checkpointing_enable()
+
+
+class SharedTrunkActorCritic(ActorCritic):
+    """One transformer with two heads: its own for the tokens, and a linear one for the value, zero at the start."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+        weight = cast(nn.Embedding, policy.get_input_embeddings()).weight
+        self.value_head = zero_head(hidden_size(policy), weight.device)
+
+    def evaluate(self, batch: TokenBatch, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+        return _on_trunk(self.policy, self.value_head, batch, scoring)
+
+    @contextmanager
+    def policy_role(self) -> Iterator[PreTrainedModel]:
+        yield self.policy
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        return list(self.policy.parameters())
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        return list(self.value_head.parameters())
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.policy.gradient_checkpointing_enable()
+
+
+class AdapterActorCritic(ActorCritic):
+    """Roles on one base: the policy is an adapter; the critic another one with a head, or a head on the policy's."""
+
+    def __init__(self, base: SharedBase, *, shared_trunk: bool) -> None:
+        super().__init__()
+        self.base = base
+        model = base.model
+        self.value_head = zero_head(hidden_size(model), model.device) if shared_trunk else None
+
+    def evaluate(self, batch: TokenBatch, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+        if self.value_head is not None:
+            with self.base.role("policy") as policy:
+                return _on_trunk(policy, self.value_head, batch, scoring)
+        with self.base.role("policy") as policy:
+            logprobs, entropy = batch.of_policy(policy, scoring)
+        values = self.base.response_values("value", batch.input_ids, batch.attention_mask, batch.num_prompt)
+        return logprobs, entropy, values[:, :-1]
+
+    @contextmanager
+    def policy_role(self) -> Iterator[PreTrainedModel]:
+        with self.base.role("policy") as policy:
+            yield policy
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        return self.base.parameters_of("policy")
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        if self.value_head is not None:
+            return list(self.value_head.parameters())
+        return self.base.parameters_of("value")
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.base.enable_gradient_checkpointing()
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the states that the output head takes."""
+    config = model.config
+    return int(getattr(config, "hidden_size", 0) or config.d_model)
+
+
+def zero_head(width: int, device: torch.device) -> nn.Linear:
+    """A linear map to one number that says 0 at the start: the first advantages are then the returns."""
+    head = nn.Linear(width, 1, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _on_trunk(
+    policy: PreTrainedModel, head: nn.Linear, batch: TokenBatch, scoring: Scoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = response_hidden_states(
+        policy, input_ids=batch.input_ids, attention_mask=batch.attention_mask, num_prompt=batch.num_prompt
+    )
+    logprobs, entropy = logprobs_from_hidden(
+        policy,
+        hidden,
+        batch.input_ids[:, batch.num_prompt :],
+        temperature=scoring.temperature,
+        suppressed=scoring.suppressed,
+        response_mask=batch.attention_mask[:, batch.num_prompt :],
+        chunk_tokens=scoring.chunk_tokens,
+    )
+    values: Tensor = head(hidden.to(head.weight.dtype))
+    return logprobs, entropy, values.squeeze(-1).float()
+
+
+class Reference(Protocol):
+    """The frozen model of the KL."""
+
+    def role(self) -> AbstractContextManager[PreTrainedModel]:
+        """The language model, called as the policy is."""
+        ...
+
+    def become(self, actor_critic: ActorCritic) -> None:
+        """Takes over the policy's weights, which must be whole (within `TrainingEngine.modified`)."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights that no other checkpoint holds."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave."""
+        ...
+
+
+class FrozenModel:
+    """A reference with weights of its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        model.requires_grad_(False)
+
+    @contextmanager
+    def role(self) -> Iterator[PreTrainedModel]:
+        yield self.model
+
+    def become(self, actor_critic: ActorCritic) -> None:
+        with actor_critic.policy_role() as policy:
+            self.model.load_state_dict(policy.state_dict())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(state)
+
+
+class ReferenceRole:
+    """A reference on the shared base: the adapter switched off, or a frozen adapter. The engine's checkpoint has it."""
+
+    def __init__(self, base: SharedBase) -> None:
+        self.base = base
+
+    @contextmanager
+    def role(self) -> Iterator[PreTrainedModel]:
+        with self.base.role("reference") as model:
+            yield model
+
+    def become(self, actor_critic: ActorCritic) -> None:
+        self.base.copy_adapter("policy", "reference")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
 
 
 @dataclass(frozen=True)
 class PPOModels:
-    """Everything PPO holds in memory."""
+    """Everything PPO holds in memory. `critic_tokenizer` is None where the critic is not published by itself."""
 
     tokenizer: PreTrainedTokenizerBase
     actor_critic: ActorCritic
-    reference: PreTrainedModel
-    reward: LearnedReward
-    critic_tokenizer: PreTrainedTokenizerBase
+    reference: Reference
+    rewards: RewardSet
+    critic_tokenizer: PreTrainedTokenizerBase | None
+    facts: Facts
+    stop_ids: tuple[int, ...]
+    scoring: Scoring
 
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The language model the policy is made of, whatever adapter is active."""
+        with self.actor_critic.policy_role() as policy:
+            return policy
 
-def load_models(context: StageContext) -> PPOModels:
-    """Loads the four models. Dropout is off in all of them (a ratio of 1 in the first epoch needs that).
-
-    Raises `ConfigError` when a model does not fit the others.
-    """
-    config, runtime, inputs = context.config, context.runtime, context.inputs
-    # In bf16 the policy runs as fp32 weights under autocast, or, under ZeRO, as bf16 weights. The reference is held the
-    # same way and called in the same context, so that both round alike and the KL between equal models is 0.
-    reference_dtype = runtime.dtype if config.zero.stage > 0 else torch.float32
-    tokenizer = load_tokenizer(inputs["policy"], config.model, key="ppo.policy")
-    policy = load_policy(inputs["policy"], config.model, torch.float32, key="ppo.policy")
-    if not same_token_ids(tokenizer, load_tokenizer(inputs["reference"], config.model, key="ppo.reference")):
-        raise ConfigError(
-            f"ppo.reference={inputs['reference']} has other tokens than the policy {inputs['policy']}: there is no "
-            "KL between them. Choose a reference with the policy's tokens."
-        )
-    reference = load_policy(inputs["reference"], config.model, reference_dtype, key="ppo.reference")
-    reference = place(reference, runtime.device)
-    reference.requires_grad_(False)
-    reward = LearnedReward.load(
-        inputs["reward_model"], config.model, dtype=runtime.dtype, device=runtime.device, policy_tokenizer=tokenizer
-    )
-    critic, critic_tokenizer = _load_critic(context, tokenizer)
-    for model in (policy, reference, critic):
-        disable_dropout(model)
-    if config.ppo.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-        critic.model.gradient_checkpointing_enable()
-    return PPOModels(tokenizer, ActorCritic(policy, critic), reference, reward, critic_tokenizer)
-
-
-def _load_critic(
-    context: StageContext, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ScalarModel, PreTrainedTokenizerBase]:
-    config, inputs = context.config, context.inputs
-    if "value_model" not in inputs:
-        critic = ScalarModel.from_policy(
-            inputs["policy"], seed=config.seed, zero_head=True, config=config.model, key="ppo.policy"
-        )
-        return critic, ensure_distinct_pad(tokenizer, critic.model)
-    critic_tokenizer = load_tokenizer(inputs["value_model"], config.model, key="ppo.value_model")
-    if not same_token_ids(tokenizer, critic_tokenizer):
-        raise ConfigError(
-            f"the critic cannot start from {inputs['value_model']}, whose tokenizer is not the policy's. "
-            "Set ppo.value_init=policy, or ppo.value_model to a model with the policy's tokens."
-        )
-    return ScalarModel.load(inputs["value_model"], config.model, key="ppo.value_model"), critic_tokenizer
+    @property
+    def pad_id(self) -> int:
+        """What fills padding; masks say where that is, so it may be EOS."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return int(eos if pad is None else pad)

@@ -1,23 +1,30 @@
-"""Rollouts: sample responses, then score them with the reward model, the reference, and the policy and critic."""
+"""Rollouts: sample responses, then score them with the rewards, the reference, and the policy and critic."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf.batches import PromptBatch, Rollout, ScoredRollout
 from rlhf.config.ppo import PPOConfig
-from rlhf.models.scoring import response_logprobs_and_entropy
-from rlhf.rewards.learned import LearnedReward
-from rlhf.stages.ppo.models import ActorCritic, PPOModels
+from rlhf.ops.kl import full_kl
+from rlhf.ops.masked import masked_sum
+from rlhf.ops.moments import RunningMoments
+from rlhf.rewards.protocol import RewardBatch, columns_by_name
+from rlhf.stages.ppo.models import PPOModels, TokenBatch
 from rlhf.stages.sampling import EncodedPrompt, decode_responses, in_batches, sample_batch
 
 if TYPE_CHECKING:
+    from rlhf.distributed.engine import TrainingEngine
     from rlhf.distributed.runtime import Runtime
+
+# A standard deviation below this is rounding, not spread.
+_SMALLEST_STD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -28,76 +35,128 @@ class Row:
     sample_index: int
 
 
-def choose_prompts(prompts: Sequence[EncodedPrompt], update: int, batch_size: int, seed: int) -> list[Row]:
+@dataclass(frozen=True)
+class Experience:
+    """One update's global batch, the same on every rank, in the rows' order.
+
+    `raw_scores` (B,) are the rewards' weighted sum before `transform_scores`, `parts` the single rewards by name (NaN
+    where one does not apply). `exact_kl` (B,) is the exact KL to the reference of a response, in nats; NaN where it was
+    not computed.
+    """
+
+    rows: list[Row]
+    scored: ScoredRollout
+    raw_scores: Tensor
+    parts: dict[str, Tensor]
+    exact_kl: Tensor
+
+
+def choose_prompts(
+    prompts: Sequence[EncodedPrompt], update: int, batch_size: int, seed: int, responses_per_prompt: int = 1
+) -> list[Row]:
     """The prompts of an update, a function of the update's number alone, so that a resumed run draws the same.
 
-    The prompts are gone through in a new random order each pass. A prompt that comes twice in a batch (more rows than
-    prompts) gets another sample index.
+    The prompts are gone through in a new random order each pass; each stands `responses_per_prompt` times in a row. A
+    prompt that comes again in a batch gets another sample index.
     """
     rows: list[Row] = []
     count: dict[int, int] = {}
-    for position in range(update * batch_size, (update + 1) * batch_size):
+    num_prompts = batch_size // responses_per_prompt
+    for position in range(update * num_prompts, (update + 1) * num_prompts):
         turn, place = divmod(position, len(prompts))
-        prompt = prompts[_order(len(prompts), seed, turn)[place]]
-        rows.append(Row(prompt, count.get(prompt.key, 0)))
-        count[prompt.key] = count.get(prompt.key, 0) + 1
+        prompt = prompts[order_of_pass("prompts", len(prompts), seed, turn)[place]]
+        for _ in range(responses_per_prompt):
+            rows.append(Row(prompt, count.get(prompt.key, 0)))
+            count[prompt.key] = count.get(prompt.key, 0) + 1
     return rows
 
 
-_orders: dict[tuple[int, int, int], list[int]] = {}
+@functools.lru_cache(maxsize=4)
+def order_of_pass(purpose: Literal["prompts", "demonstrations"], num: int, seed: int, turn: int) -> list[int]:
+    """The order in which a pass goes through `num` items. The last ones are kept: a pass has thousands of positions."""
+    offset = {"prompts": 0, "demonstrations": 500_009}[purpose]
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + offset + turn)
+    return torch.randperm(num, generator=generator).tolist()
 
 
-def _order(num: int, seed: int, turn: int) -> list[int]:
-    """The order of the prompts in a pass. The last one asked for is kept: a pass has thousands of positions."""
-    key = (num, seed, turn)
-    if key not in _orders:
-        _orders.clear()
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
-        _orders[key] = torch.randperm(num, generator=generator).tolist()
-    return _orders[key]
-
-
-def sample_rollouts(
-    actor_critic: ActorCritic,
+def gather_experience(
+    engine: TrainingEngine,
     models: PPOModels,
-    rows: Sequence[Row],
+    prompts: Sequence[EncodedPrompt],
     section: PPOConfig,
     runtime: Runtime,
     seed: int,
     update: int,
-) -> list[Rollout]:
-    """Responses to this rank's rows, in pieces of at most `rollout_batch_size` rows."""
-    rollouts = []
-    for piece in in_batches(rows, section.rollout_batch_size):
+) -> Experience:
+    """Each rank samples and scores its share; all get the whole batch, in the same order for any number of ranks.
+
+    The scores are the raw ones: `transform_scores` needs the statistics of the whole batch.
+    """
+    rows = choose_prompts(prompts, update, section.batch_size, seed, section.responses_per_prompt)
+    numbers = range(len(rows))[runtime.rank :: runtime.world_size]
+    parts: list[ScoredRollout] = []
+    others: list[dict[str, Tensor]] = []
+    # Under ZeRO-3 the weights are gathered once for sampling and scoring together, then released.
+    with engine.gathered():
+        for piece in in_batches(numbers, section.rollout_batch_size):
+            mine = [rows[number] for number in piece]
+            rollout = sample_rollout(models, mine, section, runtime, seed, update)
+            num_exact = sum(number < section.exact_kl_rows for number in piece)
+            scored, other = score_rollout(models, rollout, mine, num_exact)
+            parts.append(scored.to("cpu"))
+            others.append({name: tensor.cpu() for name, tensor in other.items()})
+    own = (
+        ScoredRollout.concatenate(parts).to_tensors(),
+        {name: torch.cat([other[name] for other in others]) for name in others[0]},
+    )
+    gathered = runtime.gather_objects(own)
+    # Rank r holds rows r, r + world_size, ...: undo the interleaving.
+    order = torch.cat([torch.arange(rank, len(rows), runtime.world_size) for rank in range(runtime.world_size)])
+    inverse = torch.argsort(order)
+    everyone = ScoredRollout.concatenate([ScoredRollout.from_tensors(tensors) for tensors, _ in gathered])
+    joined = {name: torch.cat([other[name] for _, other in gathered])[inverse] for name in gathered[0][1]}
+    scored = everyone.select(inverse)
+    return Experience(rows, scored, scored.scores, _named(joined), joined["exact_kl"])
+
+
+def _named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The single rewards among the tensors that were gathered."""
+    return {name.removeprefix("reward/"): tensor for name, tensor in tensors.items() if name.startswith("reward/")}
+
+
+def sample_rollout(
+    models: PPOModels, rows: Sequence[Row], section: PPOConfig, runtime: Runtime, seed: int, update: int
+) -> Rollout:
+    """One response to each row."""
+    with models.actor_critic.policy_role() as policy:
         sampled = sample_batch(
-            actor_critic.policy,
+            policy,
             models.tokenizer,
-            [row.prompt for row in piece],
-            [row.sample_index for row in piece],
+            [row.prompt for row in rows],
+            [row.sample_index for row in rows],
             seed=seed,
             purpose="ppo",
             step=update,
             temperature=section.temperature,
             max_response_tokens=section.max_response_tokens,
             device=runtime.device,
+            stop_ids=models.stop_ids,
+            suppressed=models.scoring.suppressed,
         )
-        prompts = PromptBatch(
-            prompt_ids=sampled.prompt_ids,
-            prompt_mask=sampled.prompt_mask,
-            prompt_keys=torch.tensor([row.prompt.key for row in piece], device=runtime.device),
-            sample_index=torch.tensor([row.sample_index for row in piece], device=runtime.device),
-        )
-        rollout = Rollout(
-            prompts=prompts,
-            response_ids=sampled.response_ids,
-            response_mask=sampled.response_mask,
-            stopped=sampled.stopped,
-            sampling_logprobs=sampled.logprobs,
-        )
-        if section.score_position == "after_eos":
-            rollout = _widen_responses(rollout, section.max_response_tokens)
-        rollouts.append(rollout)
-    return rollouts
+    prompts = PromptBatch(
+        prompt_ids=sampled.prompt_ids,
+        prompt_mask=sampled.prompt_mask,
+        prompt_keys=torch.tensor([row.prompt.key for row in rows], device=runtime.device),
+        sample_index=torch.tensor([row.sample_index for row in rows], device=runtime.device),
+    )
+    rollout = Rollout(
+        prompts=prompts,
+        response_ids=sampled.response_ids,
+        response_mask=sampled.response_mask,
+        stopped=sampled.stopped,
+        sampling_logprobs=sampled.logprobs,
+    )
+    return _widen_responses(rollout, section.max_response_tokens) if section.score_position == "after_eos" else rollout
 
 
 def _widen_responses(rollout: Rollout, width: int) -> Rollout:
@@ -107,63 +166,92 @@ def _widen_responses(rollout: Rollout, width: int) -> Rollout:
     def widen(tensor: Tensor) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, missing))
 
-    return Rollout(
-        prompts=rollout.prompts,
+    return replace(
+        rollout,
         response_ids=widen(rollout.response_ids),
         response_mask=widen(rollout.response_mask),
-        stopped=rollout.stopped,
         sampling_logprobs=widen(rollout.sampling_logprobs),
     )
 
 
+def token_batch(rollout: Rollout) -> TokenBatch:
+    """The rollout's tokens as the models take them."""
+    return TokenBatch(rollout.input_ids, rollout.attention_mask, rollout.prompts.prompt_ids.shape[1])
+
+
 @torch.no_grad()
 def score_rollout(
-    actor_critic: ActorCritic,
-    models: PPOModels,
-    rollout: Rollout,
-    rows: Sequence[Row],
-    section: PPOConfig,
-) -> tuple[ScoredRollout, Tensor]:
-    """Scores, old log-probs and values of the models in training, the reference's log-probs at the same temperature.
+    models: PPOModels, rollout: Rollout, rows: Sequence[Row], num_exact: int
+) -> tuple[ScoredRollout, dict[str, Tensor]]:
+    """Raw scores, old log-probs and values of the models in training, the reference's log-probs, equally computed.
 
-    Also returns the reward model's raw scores (B,), before normalisation, clipping and the missing-EOS penalty.
+    Also returns tensors (B,) by name: `reward/<name>` of every single reward, and `exact_kl`, which is computed for the
+    first `num_exact` rows and NaN in the others.
     """
-    input_ids, attention_mask = rollout.input_ids, rollout.attention_mask
-    num_prompt = rollout.prompts.prompt_ids.shape[1]
-    old_logprobs, _, old_values = actor_critic(input_ids, attention_mask, num_prompt, section.temperature)
-    # The policy's own function, operation by operation, so that equal models give equal numbers.
-    reference_logprobs, _ = response_logprobs_and_entropy(
-        models.reference,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        num_prompt=num_prompt,
-        temperature=section.temperature,
+    batch, scoring = token_batch(rollout), models.scoring
+    old_logprobs, _, old_values = models.actor_critic.evaluate(batch, scoring)
+    with models.reference.role() as reference:
+        # The policy's own function, operation by operation, so that equal models give equal numbers.
+        reference_logprobs, _ = batch.of_policy(reference, scoring)
+    texts = decode_responses(models.tokenizer, rollout.response_ids, rollout.response_mask)
+    scores = models.rewards.score(
+        RewardBatch(
+            prompts=[row.prompt.content for row in rows],
+            responses=texts,
+            columns=columns_by_name([row.prompt.columns for row in rows]),
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            num_prompt=batch.num_prompt,
+            response_mask=rollout.response_mask,
+            stopped=rollout.stopped,
+        )
     )
-    raw_scores = _reward_scores(models.reward, models, rollout, rows).to(old_logprobs.device)
     scored = ScoredRollout(
         rollout=rollout,
-        scores=transform_scores(raw_scores, rollout.stopped, models.reward, section),
+        scores=scores.total.to(old_logprobs.device),
         old_logprobs=old_logprobs,
         reference_logprobs=reference_logprobs,
         old_values=old_values,
     )
-    return scored, raw_scores
+    exact = torch.full((len(rows),), torch.nan)
+    exact[:num_exact] = exact_kl(models, rollout, num_exact).cpu()
+    return scored, {"exact_kl": exact, **{f"reward/{name}": part for name, part in scores.parts.items()}}
 
 
-def _reward_scores(reward: LearnedReward, models: PPOModels, rollout: Rollout, rows: Sequence[Row]) -> Tensor:
-    if reward.same_tokens:
-        return reward.score_tokens(rollout.input_ids, rollout.attention_mask)
-    texts = decode_responses(models.tokenizer, rollout.response_ids, rollout.response_mask)
-    return torch.tensor(reward.score_texts([row.prompt.content for row in rows], texts, batch_size=len(rows)))
+def exact_kl(models: PPOModels, rollout: Rollout, num_rows: int) -> Tensor:
+    """KL(policy || reference) over the whole vocabulary, summed along each of the first responses: (num_rows,) nats.
+
+    Its expectation is that of the sampled log-ratio, with far less variance.
+    """
+    if num_rows == 0:
+        return torch.zeros(0)
+    part = rollout.select(torch.arange(num_rows, device=rollout.response_ids.device))
+    batch = token_batch(part)
+    with models.actor_critic.policy_role() as policy:
+        logits = batch.logits(policy, models.scoring)
+    with models.reference.role() as reference:
+        reference_logits = batch.logits(reference, models.scoring)
+    kl = full_kl(logits=logits, reference_logits=reference_logits, temperature=models.scoring.temperature)
+    return masked_sum(values=kl, mask=part.response_mask, dim=1)
 
 
-def transform_scores(raw_scores: Tensor, stopped: Tensor, reward: LearnedReward, section: PPOConfig) -> Tensor:
-    """Normalise by the reward model's statistics, clip, then charge a response that never stopped. All shapes (B,)."""
+def transform_scores(
+    raw_scores: Tensor, stopped: Tensor, lengths: Tensor, section: PPOConfig, moments: RunningMoments | None
+) -> Tensor:
+    """The scores (B,) that PPO works with. Pass the global batch: running statistics are those of all scores so far.
+
+    Normalise by the running statistics (those of a reward model are the reward's own affair), clip, charge for length
+    beyond `length_penalty_free_tokens`, then charge a response that never stopped.
+    """
     scores = raw_scores.float()
-    if section.normalize_score and reward.statistics is not None:
-        scores = (scores - reward.statistics.mean) / max(reward.statistics.std, 1e-6)
+    if moments is not None:
+        moments.update(scores)
+        scores = (scores - moments.mean) / max(moments.std, _SMALLEST_STD)
     if section.score_clip is not None:
         scores = scores.clamp(-section.score_clip, section.score_clip)
+    if section.length_penalty:
+        scores = scores - section.length_penalty * (lengths - section.length_penalty_free_tokens).clamp(min=0).float()
     if section.missing_eos_penalty is not None:
-        scores = scores - section.missing_eos_penalty * (~stopped).float()
+        charged = -section.missing_eos_penalty + (scores if section.missing_eos_mode == "subtract" else 0.0)
+        scores = torch.where(stopped, scores, charged)
     return scores

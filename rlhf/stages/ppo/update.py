@@ -1,30 +1,72 @@
 """The update: epochs of clipped policy and value losses over the minibatches of one global batch.
 
-Every rank holds the whole batch and trains on its share of each minibatch. A loss is a sum divided by the number of
-response tokens of the whole minibatch on all ranks, so neither micro-batches nor ranks change the step.
+Every rank holds the whole batch and trains on its share of each minibatch. A loss is a sum divided by what the whole
+minibatch counts on all ranks, so neither micro-batches nor ranks change the step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rlhf.batches import PPOBatch
+from rlhf.batches import PPOBatch, Rollout
 from rlhf.config.ppo import PPOConfig
-from rlhf.ops.losses import merge_metrics, ppo_policy_loss, ppo_value_loss
+from rlhf.data.tokenization import EncodedPair
+from rlhf.ops.losses import (
+    aggregation_count,
+    aggregation_weights,
+    kl_loss,
+    merge_metrics,
+    ppo_policy_loss,
+    ppo_value_loss,
+    weighted_sum,
+)
 from rlhf.ops.masked import masked_sum
+from rlhf.ops.sequences import left_pad, right_pad
+from rlhf.stages.ppo.models import Scoring, TokenBatch
+from rlhf.stages.ppo.rollout import order_of_pass, token_batch
 
 if TYPE_CHECKING:
     from rlhf.distributed.engine import TrainingEngine
     from rlhf.distributed.runtime import Runtime
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What the sums of an optimiser step are divided by: those of all ranks and micro-batches together."""
+
+    policy: float  # of the policy's terms, as `loss_aggregation` counts
+    values: int
+    demonstrations: int = 0
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Responses to imitate, as a micro-batch: what `TokenBatch` has, and which response tokens count."""
+
+    tokens: TokenBatch
+    mask: Tensor
+
+    @classmethod
+    def collate(cls, pairs: Sequence[EncodedPair], pad_id: int, device: torch.device) -> Demonstrations:
+        """Left-padded prompts, right-padded responses."""
+        prompt_ids, prompt_mask = left_pad([pair.prompt_ids for pair in pairs], pad_id=pad_id)
+        response_ids, mask = right_pad([pair.response_ids for pair in pairs], pad_id=pad_id)
+        tokens = TokenBatch(
+            torch.cat([prompt_ids, response_ids], 1).to(device),
+            torch.cat([prompt_mask, mask], 1).to(device),
+            prompt_ids.shape[1],
+        )
+        return cls(tokens, mask.to(device))
+
+
 @dataclass
 class UpdateStatistics:
-    """Sums over the micro-batches of an update on this rank; `totals` makes them metrics of all ranks."""
+    """Sums over the micro-batches of an update on this rank; `means` makes them metrics of all ranks."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
@@ -33,24 +75,39 @@ class UpdateStatistics:
         """Adds one micro-batch."""
         self.sums = merge_metrics(self.sums, metrics) if self.sums else metrics
 
-    def means(self, runtime: Runtime, value_coefficient: float) -> dict[str, float]:
-        """Means over all response tokens (value terms: value slots) that the update saw, on all ranks."""
+    def means(self, runtime: Runtime, section: PPOConfig, kl_coefficient: float) -> dict[str, float]:
+        """Means over what the update saw on all ranks: response tokens, value slots, demonstration tokens."""
         names = sorted(name for name in self.sums if not name.endswith("_max"))
         totals = runtime.sum_over_ranks(torch.stack([self.sums[name].double() for name in names]))
         total = dict(zip(names, totals.tolist(), strict=True))
-        tokens, slots = total["num_tokens"], total["num_value_slots"]
-        policy_loss, value_loss = total["policy_loss"] / tokens, total["value_loss"] / slots
-        return {
-            "ppo/loss": policy_loss + value_coefficient * value_loss,
-            "ppo/policy_loss": policy_loss,
-            "ppo/value_loss": value_loss,
+        tokens, slots, counted = total["num_tokens"], total["num_value_slots"], total["num_counted"]
+        parts = {
+            "policy_loss": total["policy_loss"] / counted,
+            "value_loss": total["value_loss"] / slots,
+            "entropy_bonus": total["entropy_bonus"] / counted,
+        }
+        loss = parts["policy_loss"] + section.value_coefficient * parts["value_loss"]
+        loss -= section.entropy_coefficient * parts["entropy_bonus"]
+        metrics = {
+            "ppo/policy_loss": parts["policy_loss"],
+            "ppo/value_loss": parts["value_loss"],
             "ppo/entropy": total["entropy"] / tokens,
             "ppo/clip_fraction": total["clip_fraction"] / tokens,
             "ppo/value_clip_fraction": total["value_clip_fraction"] / slots,
             "ppo/approx_kl": total["approx_kl"] / tokens,
             "ppo/ratio_max": max(float(part) for part in runtime.gather_objects(float(self.sums["ratio_max"]))),
             "ppo/grad_norm": sum(self.grad_norms) / len(self.grad_norms),
+            "ppo/optimizer_steps": float(len(self.grad_norms)),
         }
+        if section.dual_clip is not None:
+            metrics["ppo/dual_clip_fraction"] = total["dual_clip_fraction"] / tokens
+        if section.kl_placement == "loss":
+            metrics["ppo/kl_loss"] = total["kl_loss"] / counted
+            loss += kl_coefficient * metrics["ppo/kl_loss"]
+        if section.ptx_coefficient:
+            metrics["ppo/ptx_loss"] = total["ptx_loss"] / total["num_ptx_tokens"]
+            loss += section.ptx_coefficient * metrics["ppo/ptx_loss"]
+        return {"ppo/loss": loss, **metrics}
 
 
 def minibatches(num_rows: int, section: PPOConfig, seed: int, update: int, epoch: int) -> list[Tensor]:
@@ -66,59 +123,161 @@ def num_micro_batches(section: PPOConfig, world_size: int) -> int:
     return -(-rows // size)
 
 
-def optimise(
-    engine: TrainingEngine, batch: PPOBatch, section: PPOConfig, runtime: Runtime, seed: int, update: int
-) -> UpdateStatistics:
-    """`num_epochs` passes over the global batch, `num_minibatches` optimiser steps each."""
-    statistics = UpdateStatistics()
-    # Dropout is off in either mode; gradient checkpointing works in training mode only, and rollouts need a cache.
+def choose_demonstrations(
+    demonstrations: Sequence[EncodedPair], section: PPOConfig, seed: int, optimizer_step: int
+) -> list[EncodedPair]:
+    """The demonstrations of an optimiser step: the next `ptx_batch_size` of an endless stream of shuffled passes."""
+    chosen = []
+    size = section.ptx_batch_size
+    for position in range(optimizer_step * size, (optimizer_step + 1) * size):
+        turn, place = divmod(position, len(demonstrations))
+        chosen.append(demonstrations[order_of_pass("demonstrations", len(demonstrations), seed, turn)[place]])
+    return chosen
+
+
+@dataclass(frozen=True)
+class Updater:
+    """What all updates of a training share. `demonstrations` is empty unless they are mixed in."""
+
+    engine: TrainingEngine
+    section: PPOConfig
+    runtime: Runtime
+    seed: int
+    scoring: Scoring
+    demonstrations: Sequence[EncodedPair]
+    pad_id: int
+
+    def optimise(self, batch: PPOBatch, update: int, kl_coefficient: float) -> UpdateStatistics:
+        """All epochs of one update, or fewer when the approximate KL of an optimiser step exceeds its limit."""
+        section, engine = self.section, self.engine
+        statistics = UpdateStatistics()
+        engine.module.train()
+        steps_before = update * section.num_epochs * section.num_minibatches
+        for epoch in range(section.num_epochs):
+            for number, rows in enumerate(minibatches(len(batch), section, self.seed, update, epoch)):
+                step = UpdateStatistics()
+                optimizer_step = steps_before + epoch * section.num_minibatches + number
+                self._accumulate(batch, rows, optimizer_step, kl_coefficient, step)
+                statistics.add(step.sums)
+                statistics.grad_norms.append(engine.step(advance_schedule=False))
+                if self._moved_too_far(step):
+                    engine.module.eval()
+                    return statistics
+        engine.module.eval()
+        return statistics
+
+    def _accumulate(
+        self, batch: PPOBatch, rows: Tensor, optimizer_step: int, kl_coefficient: float, statistics: UpdateStatistics
+    ) -> None:
+        """The gradient of one minibatch, this rank's share of it in micro-batches."""
+        section, runtime = self.section, self.runtime
+        mask = batch.response_mask[rows]
+        pieces = num_micro_batches(section, runtime.world_size)
+        demonstrations, num_tokens = self._demonstrations(optimizer_step, pieces)
+        counts = Counts(
+            policy=float(aggregation_count(mask=mask, aggregation=section.loss_aggregation)),
+            values=int(batch.value_mask[rows].sum()),
+            demonstrations=num_tokens,
+        )
+        mine = rows[runtime.rank :: runtime.world_size]
+        for piece, imitated in zip(mine.chunk(pieces), demonstrations, strict=True):
+            micro_batch = batch.select(piece).trim().to(runtime.device)
+            loss, metrics = self._loss(micro_batch, imitated, counts, kl_coefficient)
+            self.engine.backward(loss)
+            statistics.add(metrics)
+
+    def _demonstrations(self, optimizer_step: int, pieces: int) -> tuple[list[Demonstrations | None], int]:
+        """This rank's demonstrations of an optimiser step, one batch a micro-batch, and all ranks' response tokens."""
+        if not self.demonstrations:
+            return [None] * pieces, 0
+        chosen = choose_demonstrations(self.demonstrations, self.section, self.seed, optimizer_step)
+        mine = chosen[self.runtime.rank :: self.runtime.world_size]
+        batches: list[Demonstrations | None] = []
+        for number in range(pieces):
+            # Every rank runs every forward, or ranks would wait for each other under ZeRO-3.
+            part = mine[number::pieces]
+            collated = Demonstrations.collate(part or chosen[:1], self.pad_id, self.runtime.device)
+            batches.append(
+                collated if part else Demonstrations(collated.tokens, torch.zeros_like(collated.mask, dtype=torch.bool))
+            )
+        return batches, sum(len(pair.response_ids) for pair in chosen)
+
+    def _loss(
+        self, batch: PPOBatch, demonstrations: Demonstrations | None, counts: Counts, kl_coefficient: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the loss, already divided by the counts of the whole step, and its sums."""
+        section, mask = self.section, batch.response_mask
+        outputs = self.engine.module(
+            token_batch(batch.rollout), self.scoring, None if demonstrations is None else demonstrations.tokens
+        )
+        logprobs, entropy, values = outputs[:3]
+        weights = aggregation_weights(
+            mask=mask, aggregation=section.loss_aggregation, length=section.max_response_tokens
+        )
+        policy_sum, count, metrics = ppo_policy_loss(
+            logprobs=logprobs,
+            old_logprobs=batch.scored.old_logprobs,
+            advantages=batch.advantages,
+            mask=mask,
+            clip_low=section.clip_low,
+            clip_high=section.clip_high,
+            dual_clip=section.dual_clip,
+            weights=weights,
+        )
+        value_sum, value_count, value_metrics = ppo_value_loss(
+            values=values,
+            old_values=batch.scored.old_values,
+            returns=batch.returns,
+            mask=batch.value_mask,
+            clip=section.value_clip,
+        )
+        bonus = weighted_sum(values=entropy, mask=mask, weights=weights)
+        loss = policy_sum / counts.policy + section.value_coefficient * value_sum / counts.values
+        if section.entropy_coefficient:
+            loss = loss - section.entropy_coefficient * bonus / counts.policy
+        sums = {
+            **metrics,
+            **value_metrics,
+            "policy_loss": policy_sum.detach(),
+            "value_loss": value_sum.detach(),
+            "entropy": masked_sum(values=entropy.detach(), mask=mask),
+            "entropy_bonus": bonus.detach(),
+            "num_tokens": count,
+            "num_counted": aggregation_count(mask=mask, aggregation=section.loss_aggregation),
+            "num_value_slots": value_count,
+        }
+        if section.kl_placement == "loss":
+            kl_sum, _, _ = kl_loss(
+                logprobs=logprobs,
+                reference_logprobs=batch.scored.reference_logprobs,
+                mask=mask,
+                estimator=section.kl_estimator,
+                weights=weights,
+            )
+            loss = loss + kl_coefficient * kl_sum / counts.policy
+            sums["kl_loss"] = kl_sum.detach()
+        if demonstrations is not None:
+            imitation = -masked_sum(values=outputs[3], mask=demonstrations.mask)
+            loss = loss + section.ptx_coefficient * imitation / counts.demonstrations
+            sums |= {"ptx_loss": imitation.detach(), "num_ptx_tokens": demonstrations.mask.sum()}
+        return loss, sums
+
+    def _moved_too_far(self, step: UpdateStatistics) -> bool:
+        """Whether the approximate KL of an optimiser step, in nats a token over all ranks, exceeds its limit."""
+        limit = self.section.kl_stop_nats_per_token
+        if limit is None:
+            return False
+        sums = torch.stack([step.sums["approx_kl"].double(), step.sums["num_tokens"].double()])
+        approx_kl, tokens = self.runtime.sum_over_ranks(sums).tolist()
+        return bool(approx_kl / tokens > limit)
+
+
+@torch.no_grad()
+def training_logprobs(engine: TrainingEngine, rollout: Rollout, scoring: Scoring, device: torch.device) -> Tensor:
+    """Log-probs (B, R) of the rows as a training forward computes them, before any step: what the first ratio is of."""
     engine.module.train()
-    for epoch in range(section.num_epochs):
-        for rows in minibatches(len(batch), section, seed, update, epoch):
-            mine = rows[runtime.rank :: runtime.world_size]
-            num_tokens = int(batch.response_mask[rows].sum())
-            num_value_slots = int(batch.value_mask[rows].sum())
-            for piece in mine.chunk(num_micro_batches(section, runtime.world_size)):
-                micro_batch = batch.select(piece).trim().to(runtime.device)
-                loss, metrics = micro_batch_loss(engine, micro_batch, section, num_tokens, num_value_slots)
-                engine.backward(loss)
-                statistics.add(metrics)
-            statistics.grad_norms.append(engine.step())
-    engine.module.eval()
-    return statistics
-
-
-def micro_batch_loss(
-    engine: TrainingEngine, batch: PPOBatch, section: PPOConfig, num_tokens: int, num_value_slots: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """This micro-batch's part of the loss, already divided by the counts of the whole optimiser step, and its sums."""
-    rollout = batch.rollout
-    logprobs, entropy, values = engine.module(
-        rollout.input_ids, rollout.attention_mask, rollout.prompts.prompt_ids.shape[1], section.temperature
-    )
-    policy_sum, count, metrics = ppo_policy_loss(
-        logprobs=logprobs,
-        old_logprobs=batch.scored.old_logprobs,
-        advantages=batch.advantages,
-        mask=batch.response_mask,
-        clip_low=section.clip_low,
-        clip_high=section.clip_high,
-    )
-    value_sum, value_count, value_metrics = ppo_value_loss(
-        values=values,
-        old_values=batch.scored.old_values,
-        returns=batch.returns,
-        mask=batch.value_mask,
-        clip=section.value_clip,
-    )
-    loss = policy_sum / num_tokens + section.value_coefficient * value_sum / num_value_slots
-    sums = {
-        **metrics,
-        **value_metrics,
-        "policy_loss": policy_sum.detach(),
-        "value_loss": value_sum.detach(),
-        "entropy": masked_sum(values=entropy.detach(), mask=batch.response_mask),
-        "num_tokens": count,
-        "num_value_slots": value_count,
-    }
-    return loss, sums
+    try:
+        logprobs: Tensor = engine.module(token_batch(rollout.to(device)), scoring)[0]
+    finally:
+        engine.module.eval()
+    return logprobs.float().cpu()

@@ -1,0 +1,117 @@
+"""Peak memory and time of one update's forward and backward pass, with log-probs computed in pieces and at once.
+
+Usage: python experiments/memory/measure.py [--output results.csv]. Every line comes from a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HIDDEN_SIZE, NUM_LAYERS, NUM_PROMPT = 256, 2, 16
+# Vocabulary, responses, tokens of each response: GPT-2's vocabulary and Llama 3's.
+SHAPES = ((50_257, 32, 128), (128_256, 16, 128))
+CHUNKS = (None, 2048, 512, 128)
+COLUMNS = ("vocabulary", "tokens", "task", "method", "peak_mb", "seconds", "value")
+
+
+def _megabytes_now() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def measure(vocabulary: int, num_rows: int, num_response: int, task: str, method: str) -> dict[str, Any]:
+    """Peak of the resident memory above the one before the pass, and seconds; all in this process."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf.models import response_logprobs_and_entropy
+    from rlhf.models.scoring import response_hidden_states
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=4 * HIDDEN_SIZE,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(vocabulary, (num_rows, NUM_PROMPT + num_response))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+
+    def library() -> torch.Tensor:
+        chunk_tokens = None if method == "at once" else int(method)
+        logprobs, entropy = response_logprobs_and_entropy(
+            model,
+            input_ids=ids,
+            attention_mask=mask,
+            num_prompt=NUM_PROMPT,
+            temperature=1.0,
+            chunk_tokens=chunk_tokens,
+        )
+        return (logprobs + 0.01 * entropy).mean()
+
+    def pytorch() -> torch.Tensor:
+        """PyTorch's own operation: log-probs without entropies, and only for a plain linear head."""
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
+        hidden = response_hidden_states(model, input_ids=ids, attention_mask=mask, num_prompt=NUM_PROMPT)
+        return -torch.nn.functional.linear_cross_entropy(
+            hidden.flatten(0, 1),
+            model.lm_head.weight,
+            ids[:, NUM_PROMPT:].flatten(),
+            reduction="none",
+            options=options,
+        ).mean()
+
+    run: Callable[[], torch.Tensor] = pytorch if method == "linear_cross_entropy" else library
+    before = _megabytes_now()
+    start = time.process_time()
+    if task == "score":
+        with torch.no_grad():
+            value = run()
+    else:
+        value = run()
+        value.backward()  # type: ignore[no-untyped-call]
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return {"peak_mb": round(peak - before), "seconds": round(seconds, 2), "value": round(value.item(), 5)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results.csv")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(*json.loads(arguments.case))))
+        return
+    with arguments.output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for vocabulary, num_rows, num_response in SHAPES:
+            for task in ("update", "score"):
+                methods = ["at once" if chunk is None else str(chunk) for chunk in CHUNKS]
+                for method in (*methods, "linear_cross_entropy"):
+                    case = json.dumps([vocabulary, num_rows, num_response, task, method])
+                    command = [sys.executable, __file__, "--case", case]
+                    done = subprocess.run(command, check=True, capture_output=True, text=True)
+                    found = json.loads(done.stdout.splitlines()[-1])
+                    line = {"vocabulary": vocabulary, "tokens": num_rows * num_response, "task": task, "method": method}
+                    writer.writerow(line | found)
+                    file.flush()
+                    print(*(line | found).values(), sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()

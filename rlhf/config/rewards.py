@@ -1,0 +1,157 @@
+"""`ppo.rewards`: what a response is scored by, under names of the user's choice."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from rlhf.config.base import NonNegativeInt, PositiveInt, Section
+
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+RewardName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]
+LengthUnit = Literal["tokens", "words"]
+# What a reward function is given besides the data's columns, under these names.
+FUNCTION_INPUTS = ("prompts", "completions", "completion_ids")
+
+
+class _Reward(Section):
+    weight: FiniteFloat = Field(
+        1.0, description="factor in the sum of rewards; negative to punish, 0 to log without effect"
+    )
+
+
+class ModelReward(_Reward):
+    """A reward model's score."""
+
+    type: Literal["model"] = "model"
+    path: str | None = Field(None, description="folder or hub id of the reward model; null is this run's")
+    normalize: bool = Field(True, description="shift and scale by the statistics stored beside the reward model")
+
+
+class FunctionReward(_Reward):
+    """A Python function of yours with TRL's signature: f(prompts, completions, **columns) -> list[float | None]."""
+
+    type: Literal["function"] = "function"
+    file: str = Field(description="Python file that defines the function")
+    function: str = Field("reward", description="name of the function")
+    arguments: dict[str, Any] = Field({}, description="further keyword arguments of the function")
+
+    @model_validator(mode="after")
+    def _arguments_are_free(self) -> FunctionReward:
+        taken = [name for name in self.arguments if name in FUNCTION_INPUTS]
+        if taken:
+            raise ValueError(f"arguments names {', '.join(taken)}, which the function gets for each response")
+        return self
+
+
+class LengthReward(_Reward):
+    """0 between `minimum` and `maximum`, then falling in a straight line to -1 at `tolerance` beyond: in [-1, 0]."""
+
+    type: Literal["length"] = "length"
+    unit: LengthUnit = Field("tokens", description="what is counted; tokens include the end of the response")
+    minimum: NonNegativeInt = Field(0, description="shortest response that costs nothing")
+    maximum: PositiveInt | None = Field(16, description="longest response that costs nothing; null: no limit")
+    tolerance: PositiveInt = Field(16, description="units beyond the limits at which the reward is -1")
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> LengthReward:
+        if self.maximum is not None and self.minimum > self.maximum:
+            raise ValueError(f"minimum ({self.minimum}) must not exceed maximum ({self.maximum})")
+        return self
+
+
+class RegexReward(_Reward):
+    """`matched` where the response has the pattern in it, `unmatched` elsewhere."""
+
+    type: Literal["regex"] = "regex"
+    pattern: str = Field(description="Python regular expression")
+    whole: bool = Field(False, description="the pattern must fit the whole response, white space around it aside")
+    matched: FiniteFloat = Field(1.0, description="score of a response that fits")
+    unmatched: FiniteFloat = Field(0.0, description="score of a response that does not")
+
+    @model_validator(mode="after")
+    def _pattern_compiles(self) -> RegexReward:
+        check_pattern(self.pattern)
+        return self
+
+
+class KeywordReward(_Reward):
+    """How many of the words are in the response, as whole words: in [0, 1]."""
+
+    type: Literal["keywords"] = "keywords"
+    words: tuple[Annotated[str, Field(min_length=1)], ...] = Field(description="words to look for", min_length=1)
+    count: Literal["share", "any", "all"] = Field(
+        "share", description="share of the words that are there, or 1 when any or all of them are"
+    )
+    case_sensitive: bool = Field(False, description="capitals must agree")
+
+
+class ExactAnswerReward(_Reward):
+    """`correct` where the response's answer equals a column's, `wrong` elsewhere; numbers are compared as numbers."""
+
+    type: Literal["exact_answer"] = "exact_answer"
+    column: str = Field("answer", description="column with the right answer; a row without one is not scored")
+    pattern: str | None = Field(
+        None, description="the answer is its first group, or all of it, where it fits last; null: the last number"
+    )
+    correct: FiniteFloat = Field(1.0, description="score of the right answer")
+    wrong: FiniteFloat = Field(0.0, description="score of another answer, or of none")
+
+    @model_validator(mode="after")
+    def _pattern_compiles(self) -> ExactAnswerReward:
+        if self.pattern is not None:
+            check_pattern(self.pattern)
+        return self
+
+
+class RepetitionReward(_Reward):
+    """Minus the share of n-grams that have come before in the same response: in (-1, 0]."""
+
+    type: Literal["repetition"] = "repetition"
+    size: PositiveInt = Field(3, description="length of the n-grams")
+    unit: LengthUnit = Field("words", description="what the n-grams are made of")
+
+
+class GoldReward(_Reward):
+    """The embedded corpus's gold reward, in [-2, 2]: for studies of over-optimisation, with data=embedded only."""
+
+    type: Literal["gold"] = "gold"
+
+
+RewardConfig = Annotated[
+    ModelReward
+    | FunctionReward
+    | LengthReward
+    | RegexReward
+    | KeywordReward
+    | ExactAnswerReward
+    | RepetitionReward
+    | GoldReward,
+    Field(discriminator="type"),
+]
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises `ValueError` for a text that is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"pattern is not a regular expression: {error}") from error
+
+
+def _some_weight(rewards: dict[str, Any]) -> dict[str, Any]:
+    if rewards and not any(reward.weight for reward in rewards.values()):
+        raise ValueError(f"every weight is 0, so there is nothing to optimise: {', '.join(rewards)}")
+    return rewards
+
+
+# The type of `ppo.rewards`. Without an entry the run's reward model is the reward (`effective_rewards`).
+Rewards = Annotated[dict[RewardName, RewardConfig], AfterValidator(_some_weight)]
+DEFAULT_REWARD_NAME = "reward_model"
+
+
+def effective_rewards(rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
+    """The rewards that count: those of the config, or the run's reward model alone where it names none."""
+    return rewards or {DEFAULT_REWARD_NAME: ModelReward()}

@@ -1,0 +1,147 @@
+"""Several weighted rewards as one score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlhf.errors import ConfigError
+from rlhf.rewards.protocol import Reward, RewardBatch, RewardError, shown, shown_prompt
+
+MIN_STD = 1e-6
+
+
+@dataclass(frozen=True)
+class ScoreStatistics:
+    """Mean and standard deviation of a reward's scores, to shift and scale by."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def normalize(self, scores: Tensor) -> Tensor:
+        """(score - mean) / std, elementwise. A standard deviation of (almost) nothing counts as `MIN_STD`."""
+        return (scores - self.mean) / max(self.std, MIN_STD)
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """One reward of a set. Its scores are normalised by `statistics`, if there are any, before they are weighted."""
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+    statistics: ScoreStatistics | None = None
+
+
+@dataclass(frozen=True)
+class ScoredResponses:
+    """Scores of B responses, float32, on the device of the batch's `input_ids`.
+
+    `total` (B,) is the sum of what each reward contributes. `parts` are the raw scores (B,) by the reward's name, before
+    normalisation and weight; `contributions` those after both. Both hold NaN where a reward does not apply.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    contributions: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RewardSet:
+    """Rewards by name, in the order of the config: the score is the sum of weight x (normalised) score.
+
+    A reward of weight 0 is scored and logged, and changes nothing. Raises `ConfigError` without rewards, for a name that
+    comes twice, for a weight that is not finite, and when every weight is 0.
+    """
+
+    rewards: tuple[WeightedReward, ...]
+
+    def __post_init__(self) -> None:
+        names = self.names
+        if not names:
+            raise ConfigError("there is no reward: PPO needs at least one")
+        if len(set(names)) != len(names):
+            raise ConfigError(f"two rewards have one name: {', '.join(names)}")
+        wrong = [entry.name for entry in self.rewards if not math.isfinite(entry.weight)]
+        if wrong:
+            raise ConfigError(f"the weight of reward {wrong[0]} is not a finite number")
+        if not any(entry.weight for entry in self.rewards):
+            raise ConfigError(f"every reward has weight 0, so there is nothing to optimise: {', '.join(names)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rewards' names, in order."""
+        return tuple(entry.name for entry in self.rewards)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The rewards' weights by name."""
+        return {entry.name: entry.weight for entry in self.rewards}
+
+    @torch.no_grad()
+    def score(self, batch: RewardBatch) -> ScoredResponses:
+        """Scores every response with every reward.
+
+        What does not apply to a response is left out of its sum. Raises `RewardError` for scores of another shape, for
+        one that is not finite, and for a response to which no reward with a weight applies.
+        """
+        device = batch.input_ids.device
+        total = torch.zeros(len(batch), dtype=torch.float32, device=device)
+        applied = torch.zeros(len(batch), dtype=torch.bool, device=device)
+        parts: dict[str, Tensor] = {}
+        contributions: dict[str, Tensor] = {}
+        for entry in self.rewards:
+            raw = _checked(entry, batch).to(device=device, dtype=torch.float32)
+            normalized = raw if entry.statistics is None else entry.statistics.normalize(raw)
+            contribution = entry.weight * normalized
+            applies = ~raw.isnan()
+            total = torch.where(applies, total + contribution, total)
+            if entry.weight:
+                applied |= applies
+            parts[entry.name], contributions[entry.name] = raw, contribution
+        for row in (~applied).nonzero().flatten().tolist():
+            raise RewardError(
+                f"none of the rewards {', '.join(self.names)} applies to the response {shown(batch.responses[row])} to "
+                f"the prompt {shown_prompt(batch.prompts[row])}: it has no score. Add a reward that always applies, or "
+                "return a number instead of None."
+            )
+        return ScoredResponses(total, parts, contributions)
+
+
+def part_means(parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """The mean raw score of each reward over the responses to which it applies; without any, the reward is left out."""
+    means = {}
+    for name, scores in parts.items():
+        scored = scores[~scores.isnan()]
+        if len(scored):
+            means[name] = float(scored.double().mean())
+    return means
+
+
+def concatenate(pieces: Sequence[ScoredResponses]) -> ScoredResponses:
+    """The scores of several batches of one reward set, in order."""
+    return ScoredResponses(
+        torch.cat([piece.total for piece in pieces]),
+        {name: torch.cat([piece.parts[name] for piece in pieces]) for name in pieces[0].parts},
+        {name: torch.cat([piece.contributions[name] for piece in pieces]) for name in pieces[0].contributions},
+    )
+
+
+def _checked(entry: WeightedReward, batch: RewardBatch) -> Tensor:
+    scores = entry.reward.score(batch)
+    if scores.shape != (len(batch),):
+        raise RewardError(
+            f"reward {entry.name} gave scores of shape {tuple(scores.shape)} for {len(batch)} responses; expected one "
+            "number for each"
+        )
+    wrong = scores.isinf() if entry.reward.may_abstain else ~scores.isfinite()
+    for row in wrong.nonzero().flatten().tolist():
+        raise RewardError(
+            f"reward {entry.name} gave {float(scores[row])} for the response {shown(batch.responses[row])} to the prompt "
+            f"{shown_prompt(batch.prompts[row])}; a score must be a finite number"
+        )
+    return scores

@@ -1,0 +1,72 @@
+"""What a PPO training is given, and who may look on: the stage and the Python trainer both fill in a `PPOJob`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.zero import ZeroConfig
+from rlhf.data.tokenization import EncodedPair
+from rlhf.runs.tracking import Tracker
+from rlhf.stages.sampling import EncodedPrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlhf.distributed.engine import TrainingEngine
+    from rlhf.distributed.runtime import Runtime
+    from rlhf.stages.ppo.models import PPOModels
+
+
+@dataclass
+class TrainingView:
+    """The training as a callback sees it. Setting `stop` ends it after this update."""
+
+    engine: TrainingEngine
+    models: PPOModels
+    runtime: Runtime
+    stop: bool = False
+
+    @contextmanager
+    def policy(self) -> Iterator[PreTrainedModel]:
+        """The policy with whole weights, to generate or score with. All ranks enter and leave together."""
+        with self.engine.gathered(), self.models.actor_critic.policy_role() as model:
+            yield model
+
+
+class Callback:
+    """Looks on; every rank calls every method. Override what is needed."""
+
+    def on_start(self, view: TrainingView, update: int) -> None:
+        """Before the first update of this process: `update` is 0, or the number of updates done before a resume."""
+
+    def on_update(self, view: TrainingView, step: int, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
+        """After update number `step`; what it returns is written into the step's line of metrics as well."""
+
+    def on_end(self, view: TrainingView, step: int) -> None:
+        """After the last update, before the policy is published."""
+
+
+@dataclass(frozen=True)
+class PPOJob:
+    """One training.
+
+    `open_tracker` gets the number of updates that an earlier attempt has done. `checkpoints=None` neither saves nor
+    resumes. `demonstrations` are needed where `section.ptx_coefficient` is above zero. `message` prints a note.
+    """
+
+    section: PPOConfig
+    models: PPOModels
+    prompts: Sequence[EncodedPrompt]
+    runtime: Runtime
+    open_tracker: Callable[[int], Tracker]
+    checkpoints: Path | None = None
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    seed: int = 1
+    demonstrations: Sequence[EncodedPair] = ()
+    callbacks: Sequence[Callback] = ()
+    notes: Sequence[str] = ()

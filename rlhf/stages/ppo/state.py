@@ -1,0 +1,121 @@
+"""What a training carries from update to update besides weights and optimiser; all of it is in every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config.ppo import PPOConfig
+from rlhf.ops.adaptive_kl import AdaptiveKL
+from rlhf.ops.moments import RunningMoments
+from rlhf.stages.ppo.guards import Guards
+
+if TYPE_CHECKING:
+    from rlhf.distributed.engine import TrainingEngine
+    from rlhf.stages.ppo.models import PPOModels
+
+
+class MovingAverage:
+    """Exponential moving average of the policy's trained weights, float32 on the CPU of rank 0.
+
+    average = decay * average + (1 - decay) * weights after each update, starting from the weights before the first
+    (Polyak and Juditsky 1992; without a bias correction, since it does not start from zero).
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes in the weights after an update; the first call sets the average. No weights: another rank's affair."""
+        for name, value in weights.items():
+            new = value.detach().to("cpu", torch.float32, copy=True)
+            old = self.weights.get(name)
+            self.weights[name] = new if old is None else old.lerp_(new, 1.0 - self.decay)
+
+
+@dataclass
+class TrainingState:
+    """Controllers and statistics. The same on every rank, but for the average, which rank 0 has."""
+
+    update: int
+    guards: Guards
+    adaptive_kl: AdaptiveKL | None = None
+    score_moments: RunningMoments | None = None
+    average: MovingAverage | None = None
+    reference_changed: bool = False
+    _fixed_coefficient: float = field(default=0.0)
+
+    @classmethod
+    def start(cls, section: PPOConfig) -> TrainingState:
+        """The state before the first update."""
+        adaptive = None
+        if section.kl_target_nats_per_sequence is not None:
+            adaptive = AdaptiveKL(
+                coefficient=section.kl_coefficient,
+                target_nats_per_sequence=section.kl_target_nats_per_sequence,
+                horizon_episodes=section.kl_horizon_episodes,
+            )
+        return cls(
+            update=0,
+            guards=Guards(section),
+            adaptive_kl=adaptive,
+            score_moments=RunningMoments() if section.score_normalization == "running" else None,
+            average=None if section.ema_decay is None else MovingAverage(section.ema_decay),
+            _fixed_coefficient=section.kl_coefficient,
+        )
+
+    @property
+    def kl_coefficient(self) -> float:
+        """Beta of the update at hand."""
+        return self._fixed_coefficient if self.adaptive_kl is None else self.adaptive_kl.coefficient
+
+    def average_policy(self, engine: TrainingEngine) -> None:
+        """Takes the policy's present weights into the average. All ranks call it."""
+        if self.average is not None:
+            names = trained_names(engine)
+            weights = engine.state_dict_for_saving()
+            self.average.update({name: value for name, value in weights.items() if name in names})
+
+    def refresh_reference(self, engine: TrainingEngine, models: PPOModels) -> None:
+        """The reference becomes the policy. All ranks call it."""
+        with engine.modified():
+            models.reference.become(models.actor_critic)
+        self.reference_changed = True
+
+    def to_checkpoint(self, models: PPOModels) -> dict[str, Any]:
+        """Tensors and plain values, to be written once for all ranks."""
+        return {
+            "update": self.update,
+            "guards": self.guards.state_dict(),
+            "adaptive_kl": None if self.adaptive_kl is None else self.adaptive_kl.state_dict(),
+            "score_moments": None if self.score_moments is None else self.score_moments.state_dict(),
+            "average": None if self.average is None else self.average.weights,
+            "reference": models.reference.state_dict() if self.reference_changed else None,
+        }
+
+    def from_checkpoint(self, saved: Mapping[str, Any], models: PPOModels) -> None:
+        """Takes back what `to_checkpoint` gave."""
+        self.update = int(saved["update"])
+        self.guards.load_state_dict(saved["guards"])
+        if self.adaptive_kl is not None:
+            self.adaptive_kl.load_state_dict(saved["adaptive_kl"])
+        if self.score_moments is not None:
+            self.score_moments.load_state_dict(saved["score_moments"])
+        if self.average is not None:
+            self.average.weights = dict(saved["average"])
+        if saved["reference"] is not None:
+            models.reference.load_state_dict(saved["reference"])
+            self.reference_changed = True
+
+
+def trained_names(engine: TrainingEngine) -> set[str]:
+    """Names in the engine's state dict of the policy's trained weights."""
+    module: Any = engine.unwrapped
+    policy = {id(parameter) for parameter in module.policy_parameters()}
+    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if id(parameter) in policy}

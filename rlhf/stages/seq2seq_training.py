@@ -1,0 +1,197 @@
+"""SFT and reward-model training of encoder-decoder models, by transformers' own Trainer: TRL's trainers are causal.
+
+The prompt is the encoder's text and the response the decoder's, so only response tokens are predicted. Both losses are
+sums over a micro-batch divided by the count of the whole optimiser step on all ranks: neither micro-batches, nor ranks,
+nor uneven lengths change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from rlhf.models.loading import disable_dropout
+from rlhf.models.seq2seq import decoder_inputs, decoder_values
+from rlhf.ops.logprobs import logprobs_and_entropy
+from rlhf.ops.losses import pairwise_loss
+from rlhf.ops.sequences import left_pad, right_pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlhf.data.tokenization import EncodedPair
+
+IGNORED = -100
+Sums = dict[str, Tensor]
+
+
+def sft_rows(pairs: Sequence[EncodedPair]) -> dict[str, list[list[int]]]:
+    """Columns `prompt_ids` and `response_ids` of demonstrations."""
+    return {
+        "prompt_ids": [pair.prompt_ids for pair in pairs],
+        "response_ids": [pair.response_ids for pair in pairs],
+    }
+
+
+def reward_rows(pairs: Sequence[tuple[EncodedPair, EncodedPair]]) -> dict[str, list[list[int]]]:
+    """Columns `prompt_ids`, `chosen_ids` and `rejected_ids` of (chosen, rejected) pairs to one prompt."""
+    return {
+        "prompt_ids": [chosen.prompt_ids for chosen, _ in pairs],
+        "chosen_ids": [chosen.response_ids for chosen, _ in pairs],
+        "rejected_ids": [rejected.response_ids for _, rejected in pairs],
+    }
+
+
+def model_inputs(model: nn.Module, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> dict[str, Tensor]:
+    """What both stacks read: left-padded prompts (B, P), the start token and right-padded responses (B, R + 1).
+
+    Masks come from lengths, so it does not matter which token fills the padding.
+    """
+    input_ids, attention_mask = left_pad(prompts, pad_id=0)
+    decoder_ids, decoder_mask = decoder_inputs(model, *right_pad(responses, pad_id=0))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "decoder_input_ids": decoder_ids,
+        "decoder_attention_mask": decoder_mask,
+    }
+
+
+@dataclass(frozen=True)
+class DemonstrationCollator:
+    """Rows of `sft_rows` as a batch; `labels` (B, R) are the response tokens, -100 at padding."""
+
+    model: nn.Module
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """The tensors of some rows."""
+        responses = [row["response_ids"] for row in rows]
+        inputs = model_inputs(self.model, [row["prompt_ids"] for row in rows], responses)
+        # The state behind the last token predicts nothing that is trained on.
+        inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :-1]
+        inputs["decoder_attention_mask"] = inputs["decoder_attention_mask"][:, :-1]
+        ids, mask = right_pad(responses, pad_id=0)
+        return {**inputs, "labels": torch.where(mask, ids, IGNORED)}
+
+
+@dataclass(frozen=True)
+class ComparisonCollator:
+    """Rows of `reward_rows` as a batch: all chosen responses, then all rejected ones.
+
+    `labels` (2B,) say in which state of the decoder a score is read: the one behind the whole response.
+    """
+
+    model: nn.Module
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """The tensors of some rows."""
+        responses = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+        inputs = model_inputs(self.model, [row["prompt_ids"] for row in rows] * 2, responses)
+        return {**inputs, "labels": torch.tensor([len(response) for response in responses])}
+
+
+class EncoderDecoderTrainer(Trainer):
+    """The Trainer with a loss that is a sum, and metrics that are means over all examples between two logs."""
+
+    # The division is by the count of all micro-batches already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # Has the Trainer count the labels of a whole optimiser step, on all ranks.
+        self.model_accepts_loss_kwargs = True
+        self._sums: Sums = {}
+        self._num_tokens = 0.0
+
+    def loss_sum(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int, Sums]:
+        """The micro-batch's summed loss, how many labels make one of its terms, and the sums of what is logged.
+
+        Sums are means in the log once they are divided by the sum named `count`.
+        """
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """This micro-batch's part of the loss, times the number of ranks, which DDP and DeepSpeed divide by."""
+        if num_items_in_batch is None:
+            raise RuntimeError("the Trainer did not count the labels of the optimiser step")
+        labels = inputs.pop("labels")
+        loss, labels_per_term, sums = self.loss_sum(model, inputs, labels)
+        sums["num_tokens"] = inputs["attention_mask"].sum() + inputs["decoder_attention_mask"].sum()
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach().double()
+        share: Tensor = loss * labels_per_term / num_items_in_batch
+        num_processes: int = self.accelerator.num_processes
+        return share * num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log, over all ranks. All ranks call it at the same steps."""
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            totals: Any = self.accelerator.reduce(torch.stack([self._sums[name].double() for name in names]), "sum")
+            found = dict(zip(names, totals.tolist(), strict=True))
+            self._sums = {}
+            count = found.pop("count")
+            self._num_tokens += found.pop("num_tokens")
+            logs |= {name: value / count for name, value in found.items()}
+            logs["num_tokens"] = self._num_tokens
+        super().log(logs, start_time)
+
+
+class DemonstrationTrainer(EncoderDecoderTrainer):
+    """The loss is the cross-entropy of the response tokens, EOS included: a mean over those of the global batch."""
+
+    def loss_sum(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int, Sums]:
+        """See `EncoderDecoderTrainer.loss_sum`; a label is a term."""
+        logits = model(**inputs, use_cache=False).logits
+        mask = labels != IGNORED
+        tokens = labels.clamp(min=0)
+        logprobs, entropy = logprobs_and_entropy(logits=logits, tokens=tokens, temperature=1.0)
+        zero = torch.zeros((), device=logits.device)
+        correct = (logits.detach().argmax(-1) == tokens) & mask
+        sums = {
+            "entropy": torch.where(mask, entropy.detach(), zero).sum(),
+            "mean_token_accuracy": correct.sum(),
+            "count": mask.sum(),
+        }
+        return -torch.where(mask, logprobs, zero).sum(), 1, sums
+
+
+class ComparisonTrainer(EncoderDecoderTrainer):
+    """The loss is that of Bradley and Terry: -log sigmoid(score(chosen) - score(rejected)), a mean over the pairs.
+
+    The model is called for its values in every state of the decoder, as the classifier's own forward pass does not give
+    them; that is what its `forward` is from here on, so that DDP and DeepSpeed see an ordinary call of their module.
+    """
+
+    def __init__(self, *, model: PreTrainedModel, center_coefficient: float, **arguments: Any) -> None:
+        self.center_coefficient = center_coefficient
+        disable_dropout(model)
+        model.forward = MethodType(decoder_values, model)
+        super().__init__(model=model, **arguments)
+
+    def loss_sum(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int, Sums]:
+        """See `EncoderDecoderTrainer.loss_sum`; a term is a pair, which has two labels."""
+        scores = model(**inputs).gather(1, labels.unsqueeze(1)).squeeze(1)
+        chosen, rejected = scores.chunk(2)
+        loss, _, _ = pairwise_loss(chosen=chosen, rejected=rejected)
+        if self.center_coefficient:
+            loss = loss + self.center_coefficient * (chosen + rejected).square().sum()
+        sums = {
+            "accuracy": (chosen > rejected).sum(),
+            "margin": (chosen - rejected).sum(),
+            "mean_reward": (chosen + rejected).sum() / 2,
+            "count": torch.tensor(len(chosen), device=scores.device),
+        }
+        return loss, 2, sums

@@ -1,0 +1,1 @@
+"""Studies: experiments of many trainings that run as one stage."""

@@ -1,0 +1,146 @@
+"""The problem of the study `closed_form`: a tiny model, prompts, a table of rewards, and where a policy stands."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from rlhf.config.closed_form import ClosedFormConfig
+from rlhf.evaluation.closed_form import Response, Standing, enumerate_responses, response_table, standing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EOS = "<|eos|>"
+EOS_ID = 0
+MAX_POSITIONS = 64
+# What keys the random numbers of the model and of the reward table, besides the seed.
+_MODEL_STREAM, _REWARD_STREAM = 11, 12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything of the study that all algorithms share.
+
+    `rewards` and `reference_logprobs` have shape (P, N) float64, in the order of `prompts` and `responses`.
+    """
+
+    prompts: tuple[str, ...]
+    prompt_ids: tuple[Response, ...]
+    responses: tuple[Response, ...]
+    rewards: Tensor
+    reference_logprobs: Tensor
+    tokenizer: PreTrainedTokenizerFast
+    config: ClosedFormConfig
+    seed: int
+    _rows: dict[str, int] = field(repr=False)
+    _columns: dict[Response, int] = field(repr=False)
+    _texts: dict[str, int] = field(repr=False)
+
+    def new_model(self) -> PreTrainedModel:
+        """The model that every algorithm starts from and that is the reference of the KL; equal at each call."""
+        return _new_model(self.config, self.seed)
+
+    def reward_of_ids(self, prompt: str, response: Sequence[int]) -> float:
+        """The reward of a response given as token ids, EOS included where it stopped. Raises `KeyError` for others."""
+        return float(self.rewards[self._rows[prompt], self._columns[tuple(response)]])
+
+    def reward_of_text(self, prompt: str, text: str) -> float:
+        """The reward of a response given as text without EOS.
+
+        One that has fewer tokens than the longest stopped, one that has as many did not, so the text says all.
+        """
+        return float(self.rewards[self._rows[prompt], self._texts[" ".join(text.split())]])
+
+    def standing(self, policy: nn.Module, beta: float) -> Standing:
+        """Where the policy stands, exactly."""
+        logprobs = response_table(policy, self.prompt_ids, self.responses, pad_id=EOS_ID)
+        return standing(
+            logprobs=logprobs, reference_logprobs=self.reference_logprobs, rewards=self.rewards, beta=beta
+        )
+
+
+def make_problem(config: ClosedFormConfig, seed: int) -> Problem:
+    """The problem of a seed: its model, prompts and rewards follow from the arguments alone."""
+    tokenizer = _tokenizer(config.num_tokens)
+    ids = _prompt_ids(config)
+    prompts = tuple(tokenizer.decode(list(one)) for one in ids)
+    responses = tuple(enumerate_responses(config.num_tokens, EOS_ID, config.max_response_tokens))
+    generator = torch.Generator().manual_seed(seed * 1_000 + _REWARD_STREAM)
+    # float32 numbers, so that a reward is the same number wherever it goes.
+    rewards = config.reward_scale * torch.randn(len(ids), len(responses), generator=generator)
+    texts = [tokenizer.decode(list(response), skip_special_tokens=True) for response in responses]
+    return Problem(
+        prompts=prompts,
+        prompt_ids=ids,
+        responses=responses,
+        rewards=rewards.double(),
+        reference_logprobs=response_table(_new_model(config, seed), ids, responses, pad_id=EOS_ID),
+        tokenizer=tokenizer,
+        config=config,
+        seed=seed,
+        _rows={prompt: row for row, prompt in enumerate(prompts)},
+        _columns={response: column for column, response in enumerate(responses)},
+        _texts={text: column for column, text in enumerate(texts)},
+    )
+
+
+def _prompt_ids(config: ClosedFormConfig) -> tuple[Response, ...]:
+    """Prompts of one, two, three, one, ... tokens, each beginning with another word: `a`, `b c`, `c d e`, `d`, ...
+
+    They are uneven, so that they are padded. Rotary attention could not tell repetitions of one word apart.
+    """
+    words = config.num_tokens - 1
+    return tuple(
+        tuple(1 + (first + place) % words for place in range(1 + first % 3)) for first in range(config.num_prompts)
+    )
+
+
+@functools.cache
+def _tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
+    """EOS and the first letters of the alphabet as words. There is no token for padding: EOS pads."""
+    letters = "abcdefghijklmnopqrstuvwxyz"[: num_tokens - 1]
+    vocabulary = {EOS: EOS_ID, **{letter: index for index, letter in enumerate(letters, start=1)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=MAX_POSITIONS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    return cast(PreTrainedTokenizerFast, wrapped)
+
+
+def _new_model(config: ClosedFormConfig, seed: int) -> PreTrainedModel:
+    model_config = LlamaConfig(
+        vocab_size=config.num_tokens,
+        hidden_size=config.hidden_size,
+        intermediate_size=2 * config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=EOS_ID,
+        pad_token_id=EOS_ID,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed * 1_000 + _MODEL_STREAM)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        # The last norm gives states of root mean square 1, so this is the spread of the logits.
+        head = model.get_output_embeddings().weight
+        with torch.no_grad():
+            head.normal_(0.0, config.reference_scale / config.hidden_size**0.5)
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=EOS_ID, pad_token_id=EOS_ID)
+    return cast("PreTrainedModel", model.eval())

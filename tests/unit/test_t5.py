@@ -1,0 +1,463 @@
+"""T5: the prompt in the encoder, the response in the decoder, with the guarantees that causal models have."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.config.model import ModelConfig, ScratchConfig
+from rlhf.data.tokenization import decode_response, encode_pair, encode_prompt, has_encoder_prompts
+from rlhf.errors import ArtifactError
+from rlhf.models import (
+    ScalarModel,
+    Suppressed,
+    build_from_scratch,
+    check_positions,
+    ensure_distinct_pad,
+    generate,
+    load_policy,
+    load_tokenizer,
+    response_logprobs,
+    response_scores,
+    row_uniforms,
+    save_model,
+)
+from rlhf.models.generation import Generation
+from rlhf.models.scalar import pad_pairs
+from rlhf.records import Message
+from rlhf.rewards.learned import LearnedReward, same_token_ids
+
+TEXTS = ["the film was good", "a film that was not good at all", "what a film this was"] * 10
+STOP_IDS = list(range(0, 270, 9))
+
+
+def scratch() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    config = ScratchConfig(architecture="t5", hidden_size=32, num_heads=4, vocab_size=270)
+    return build_from_scratch(config, TEXTS, seed=4)
+
+
+@cache
+def policy() -> PreTrainedModel:
+    """A tiny T5 whose logits are far from uniform. Not to be changed."""
+    model, _ = scratch()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@cache
+def scalar() -> ScalarModel:
+    """A tiny reward model. Not to be changed."""
+    return ScalarModel.from_policy(policy(), seed=7)
+
+
+def prompts_of(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Random left-padded prompts. Padding holds a token that occurs in texts: only the mask tells."""
+    generator = torch.Generator().manual_seed(1)
+    width = max(lengths)
+    ids = torch.randint(3, 260, (len(lengths), width), generator=generator)
+    mask = torch.arange(width) >= width - torch.tensor(lengths).unsqueeze(-1)
+    return torch.where(mask, ids, 7), mask
+
+
+def sample(ids: Tensor, mask: Tensor, keys: list[int], **changes: Any) -> Generation:
+    arguments: dict[str, Any] = {"temperature": 1.0, "max_response_tokens": 12, "stop_ids": STOP_IDS} | changes
+    uniforms = row_uniforms(1, "test", 0, keys, 0, arguments["max_response_tokens"])
+    return generate(policy(), ids, mask, uniforms=uniforms, **arguments)
+
+
+def alone(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:
+    """Logits (R, V) float64 of one unpadded row, all at once: the start token, then all but the last token."""
+    shifted = torch.cat([torch.tensor([model.config.decoder_start_token_id]), response[:-1]])
+    with torch.no_grad():
+        return cast(Any, model)(input_ids=prompt[None], decoder_input_ids=shifted[None]).logits[0].double()
+
+
+# --- generation and scoring -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_row_7_rescoring_reproduces_the_sampled_logprobs(temperature: float) -> None:
+    ids, mask = prompts_of([3, 9, 1, 5, 9, 2, 4, 6, 8, 7])
+    result = sample(ids, mask, list(range(10)), temperature=temperature)
+    lengths = result.response_mask.sum(-1).tolist()
+    assert len(set(lengths)) > 2, "rows must stop at different lengths for this test to say something"
+    with torch.no_grad():
+        rescored = response_logprobs(
+            policy(),
+            input_ids=torch.cat([ids, result.response_ids], dim=-1),
+            attention_mask=torch.cat([mask, result.response_mask], dim=-1),
+            num_prompt=ids.shape[1],
+            temperature=temperature,
+        )
+    for row, length in enumerate(lengths):
+        response = result.response_ids[row, :length]
+        logprobs = (alone(policy(), ids[row][mask[row]], response) / temperature).log_softmax(-1)
+        expected = logprobs[torch.arange(length), response].float()
+        torch.testing.assert_close(result.logprobs[row, :length], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(rescored[row, :length], expected, atol=1e-5, rtol=0)
+    assert bool((result.logprobs[~result.response_mask] == 0).all())
+
+
+def test_tokens_depend_on_their_row_alone() -> None:
+    ids, mask = prompts_of([3, 9, 1, 5, 9, 2, 4, 6])
+    keys = list(range(100, 108))
+    together = sample(ids, mask, keys)
+    assert len(set(together.response_mask.sum(-1).tolist())) > 2, "rows must leave the batch while others go on"
+    order = [5, 2, 7, 0, 1, 3, 6, 4]
+    shuffled = sample(ids[order], mask[order], [keys[row] for row in order])
+    assert torch.equal(shuffled.response_ids, together.response_ids[order])
+    for row in range(len(ids)):
+        prompt = ids[row][mask[row]][None]
+        single = sample(prompt, torch.ones_like(prompt, dtype=torch.bool), [keys[row]])
+        length = int(together.response_mask[row].sum())
+        assert single.response_ids[0].tolist() == together.response_ids[row, :length].tolist()
+        assert bool(single.stopped[0]) == bool(together.stopped[row])
+
+
+@pytest.mark.parametrize("num_tokens", [3, 50])
+def test_suppressed_stop_tokens_are_neither_drawn_nor_counted(num_tokens: int) -> None:
+    ids, mask = prompts_of([4] * 30)
+    suppressed = Suppressed(tuple(STOP_IDS), num_tokens)
+    result = sample(ids, mask, list(range(30)), max_response_tokens=6, suppressed=suppressed)
+    lengths = result.response_mask.sum(-1)
+    assert int(lengths.min()) >= min(num_tokens, 5) + (num_tokens < 6)
+    assert (int(lengths.min()) < 6) == (num_tokens < 6), "beyond the barred slots stop tokens end responses again"
+    barred = torch.zeros(270, dtype=torch.bool)
+    barred[STOP_IDS] = True
+    for row, length in enumerate(lengths.tolist()):
+        response = result.response_ids[row, :length]
+        logits = alone(policy(), ids[row], response)
+        for slot in range(length):
+            kept = logits[slot].masked_fill(barred, -torch.inf) if slot < num_tokens else logits[slot]
+            expected = kept[response[slot]] - kept.logsumexp(-1)
+            assert float(result.logprobs[row, slot]) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_row_33_left_padding_shifts_no_logit_and_there_is_no_limit_of_positions() -> None:
+    ids, mask = prompts_of([3, 9, 1, 6])
+    decoder_ids = torch.tensor([[0, 30, 40, 50]] * 4)
+    model: Any = policy()
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
+        for row in range(4):
+            unpadded = model(input_ids=ids[row][mask[row]][None], decoder_input_ids=decoder_ids[:1]).logits[0]
+            torch.testing.assert_close(padded[row], unpadded, atol=1e-5, rtol=0)
+    check_positions(policy(), 100_000)
+
+
+def test_the_decoder_starts_from_the_configured_token() -> None:
+    ids, mask = prompts_of([4, 2])
+    expected = sample(ids, mask, [1, 2])
+    other = copy.deepcopy(policy())
+    other.config.decoder_start_token_id = 77
+    uniforms = row_uniforms(1, "test", 0, [1, 2], 0, 12)
+    changed = generate(other, ids, mask, uniforms=uniforms, temperature=1.0, max_response_tokens=12, stop_ids=STOP_IDS)
+    assert policy().config.decoder_start_token_id == policy().config.pad_token_id
+    assert not torch.equal(changed.logprobs[:, 0], expected.logprobs[:, 0])
+    for row in range(2):
+        logits = alone(other, ids[row][mask[row]], changed.response_ids[row, :1])
+        expected_logprob = logits.log_softmax(-1)[0, changed.response_ids[row, 0]]
+        assert float(changed.logprobs[row, 0]) == pytest.approx(float(expected_logprob), abs=1e-5)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = policy()
+    model.train()
+    attention = model.config._attn_implementation
+    state = torch.random.get_rng_state()
+    sample(*prompts_of([4, 2]), [1, 2])
+    assert all(module.training for module in model.modules())
+    assert model.config._attn_implementation == attention
+    assert torch.equal(torch.random.get_rng_state(), state)
+    model.eval()
+
+
+# --- scalar models ----------------------------------------------------------------------------------------------------
+
+
+def test_values_are_those_of_plain_prefixes() -> None:
+    """Entry t belongs to the prompt and t response tokens, worked out one prefix at a time without padding."""
+    ids, mask = prompts_of([3, 5, 1])
+    responses = torch.tensor([[30, 40, 50, 60], [31, 41, 9, 9], [32, 9, 9, 9]])
+    lengths = [4, 2, 1]
+    response_mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    full, full_mask = torch.cat([ids, responses], 1), torch.cat([mask, response_mask], 1)
+    with torch.no_grad():
+        values = scalar().response_values(full, full_mask, 5)
+        scores = response_scores(scalar(), full, full_mask, 5)
+        assert values.shape == (3, 5)
+        assert values.dtype == torch.float32
+        model: Any = scalar().model
+        for row, length in enumerate(lengths):
+            prompt = ids[row][mask[row]][None]
+            for end in range(length + 1):
+                text = torch.cat([torch.tensor([0]), responses[row, :end]])[None]
+                states = model.transformer(input_ids=prompt, decoder_input_ids=text).last_hidden_state[0, -1]
+                head = model.classification_head
+                expected = head.out_proj.weight[0] @ torch.tanh(head.dense.weight @ states + head.dense.bias)
+                assert float(values[row, end]) == pytest.approx(float(expected), abs=1e-5)
+            assert float(scores[row]) == float(values[row, length])
+    assert len({round(float(value), 4) for value in values[0]}) == 5
+
+
+def test_causal_response_values_are_the_tail_of_the_values() -> None:
+    config = ScratchConfig(hidden_size=32, vocab_size=270, max_positions=48)
+    model = ScalarModel.from_policy(build_from_scratch(config, TEXTS, seed=4)[0], seed=7)
+    ids, mask = prompts_of([3, 5])
+    full, full_mask = torch.cat([ids, ids], 1), torch.cat([mask, mask.flip(-1)], 1)
+    with torch.no_grad():
+        values = model.response_values(full, full_mask, 5)
+        assert values.shape == (2, 6)
+        assert torch.equal(values, model(full, full_mask)[:, 4:])
+        assert torch.equal(response_scores(model, full, full_mask, 5), values[[0, 1], mask.sum(-1)])
+        # Entry t is the value behind t response tokens, so without a response there is one entry.
+        torch.testing.assert_close(model.response_values(ids, mask, 5), values[:, :1], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="num_prompt"):
+        model.response_values(full, full_mask, 0)
+
+
+def test_padding_never_matters_to_scores() -> None:
+    pairs = [([5, 6, 7], [30, 31]), ([8], [32, 33, 34, 35]), ([9, 10], [36])]
+    with torch.no_grad():
+        single = torch.cat([response_scores(scalar(), *pad_pairs(scalar(), [pair], 0)) for pair in pairs])
+        for filler in (0, 1, 199):
+            together = response_scores(scalar(), *pad_pairs(scalar(), pairs, filler))
+            torch.testing.assert_close(together, single, atol=1e-5, rtol=0)
+
+
+def test_the_head_follows_from_its_seed_alone(tmp_path: Path) -> None:
+    model, tokenizer = scratch()
+    save_model(model, tokenizer, tmp_path / "policy")
+    torch.manual_seed(21)
+    state = torch.random.get_rng_state()
+    first = ScalarModel.from_policy(tmp_path / "policy", seed=7)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(22)
+    second = ScalarModel.from_policy(model, seed=7)
+    assert first.state_dict().keys() == second.state_dict().keys()
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    assert not torch.equal(ScalarModel.from_policy(model, seed=8).head.weight, first.head.weight)
+    zero = ScalarModel.from_policy(model, seed=7, zero_head=True)
+    ids, mask = prompts_of([3, 5])
+    values = zero.response_values(torch.cat([ids, ids], 1), torch.cat([mask, mask.flip(-1)], 1), 5)
+    assert bool((values == 0).all())
+    (values - 1).square().sum().backward()
+    assert zero.head.weight.grad is not None
+    assert bool(zero.head.weight.grad.abs().sum() > 0), "a head of zeros must be able to leave zero"
+
+
+def test_every_parameter_of_a_critic_learns() -> None:
+    model = ScalarModel.from_policy(policy(), seed=3)
+    ids, mask = prompts_of([6, 6])
+    model.response_values(torch.cat([ids, ids], 1), torch.cat([mask, mask], 1), 6).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.abs().sum() > 0), name
+
+
+def test_saved_reward_models_load_with_plain_transformers(tmp_path: Path) -> None:
+    model = ScalarModel.from_policy(policy(), seed=7)
+    tokenizer = ensure_distinct_pad(scratch()[1], model.model)
+    model.save(tmp_path / "reward", tokenizer)
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    assert type(plain).__name__ == "T5ForSequenceClassification"
+    assert plain.config.num_labels == 1
+    assert plain.config.decoder_start_token_id == tokenizer.pad_token_id
+    again = ScalarModel.load(tmp_path / "reward")
+    batch = pad_pairs(model, [([5, 6, 7], [30, 31]), ([8], [32, 33, 34, 35])], 0)
+    with torch.no_grad():
+        expected = response_scores(model, *batch)
+        assert torch.equal(response_scores(again, *batch), expected)
+        torch.testing.assert_close(response_scores(ScalarModel(plain.eval()), *batch), expected, atol=1e-6, rtol=0)
+    save_model(policy(), tokenizer, tmp_path / "policy")
+    with pytest.raises(ArtifactError, match="T5ForConditionalGeneration, not a reward model"):
+        ScalarModel.load(tmp_path / "policy")
+
+
+def test_calls_without_the_prompts_width_are_refused() -> None:
+    ids, mask = prompts_of([3, 5])
+    with pytest.raises(ValueError, match="response_values"):
+        scalar()(ids, mask)
+    with pytest.raises(ValueError, match="num_prompt must be given"):
+        response_scores(scalar(), ids, mask, None)
+    with pytest.raises(ValueError, match="attention_mask must be bool"):
+        scalar().response_values(ids, mask.long(), 2)
+    with pytest.raises(ArtifactError, match="no linear head"):
+        ScalarModel(policy())
+
+
+# --- folders and tokenizers -------------------------------------------------------------------------------------------
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """A tokenizer as Flan-T5 has it: Unigram over metaspace words, an EOS behind every text, no BOS."""
+    inner = Tokenizer(models.Unigram())
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    specials = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    inner.train_from_iterator(TEXTS, trainer)
+    inner.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    return tokenizer
+
+
+def flan_folder(folder: Path) -> PreTrainedModel:
+    """A tiny T5 of version 1.1 as Flan-T5 is published: an output matrix of its own, no scaling, written by itself."""
+    tokenizer = sentencepiece_like()
+    config = AutoConfig.for_model(
+        "t5",
+        vocab_size=len(tokenizer) + 6,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    torch.manual_seed(0)
+    model = cast(PreTrainedModel, cast(Any, AutoModelForSeq2SeqLM).from_config(config))
+    model.lm_head = torch.nn.Linear(32, config.vocab_size, bias=False)
+    model.eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_a_published_folder_round_trips_with_its_own_output_matrix(tmp_path: Path) -> None:
+    plain: Any = flan_folder(tmp_path / "flan")
+    ours: Any = load_policy(tmp_path / "flan")
+    tokenizer = load_tokenizer(tmp_path / "flan")
+    assert not torch.equal(ours.lm_head.weight, ours.get_input_embeddings().weight)
+    batch = {"input_ids": torch.tensor([[5, 6, 1]]), "decoder_input_ids": torch.tensor([[0, 7, 8]])}
+    with torch.no_grad():
+        expected = plain(**batch).logits
+        assert torch.equal(ours(**batch).logits, expected)
+        save_model(ours, tokenizer, tmp_path / "ours")
+        again = cast(Any, AutoModelForSeq2SeqLM).from_pretrained(tmp_path / "ours")
+        torch.testing.assert_close(again(**batch).logits, expected, atol=1e-6, rtol=0)
+        assert torch.equal(cast(Any, load_policy(tmp_path / "ours"))(**batch).logits, expected)
+        reward = ScalarModel.from_policy(tmp_path / "flan", seed=3)
+        reward.save(tmp_path / "reward", ensure_distinct_pad(tokenizer, reward.model))
+        pairs = pad_pairs(reward, [([5, 6, 1], [7, 8, 1])], 0)
+        assert torch.equal(
+            response_scores(ScalarModel.load(tmp_path / "reward"), *pairs), response_scores(reward, *pairs)
+        )
+        assert torch.equal(
+            response_scores(ScalarModel.from_policy(plain, seed=3), *pairs), response_scores(reward, *pairs)
+        )
+
+
+def test_prompts_are_what_the_tokenizer_gives_and_responses_end_with_eos(tmp_path: Path) -> None:
+    flan_folder(tmp_path / "flan")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "flan")
+    tokenizer = load_tokenizer(tmp_path / "flan")
+    assert has_encoder_prompts(tokenizer)
+    for text in ("the film was good", "what a film", "", "the film</s>"):
+        expected = plain(text)["input_ids"]
+        if text.endswith("</s>"):
+            expected = expected[:-1]  # a text that writes the EOS itself gets no second one
+        assert encode_prompt(tokenizer, text) == expected
+        assert expected[-1] == tokenizer.eos_token_id
+    pair = encode_pair(tokenizer, "the film was", "not good at all")
+    assert pair.prompt_ids == plain("the film was")["input_ids"]
+    assert pair.response_ids == plain("not good at all")["input_ids"]
+    assert pair.response_ids.count(1) == 1
+    assert decode_response(tokenizer, pair.response_ids) == "not good at all"
+    asked = encode_pair(tokenizer, (Message("user", "what film"),), "a good film")
+    assert asked.prompt_ids == plain("user: what film ")["input_ids"]
+    assert asked.response_ids[-1] == 1
+
+
+def test_a_scratch_tokenizer_frames_texts_as_t5_does(tmp_path: Path) -> None:
+    model, tokenizer = scratch()
+    save_model(model, tokenizer, tmp_path / "policy")
+    loaded = load_tokenizer(tmp_path / "policy", ModelConfig())
+    assert loaded.bos_token_id is None
+    prompt_ids, response_ids = encode_pair(loaded, "the film was", " good")
+    assert prompt_ids == tokenizer("the film was")["input_ids"]
+    assert prompt_ids.count(loaded.eos_token_id) == response_ids.count(loaded.eos_token_id) == 1
+    assert decode_response(loaded, response_ids) == " good"
+
+
+def test_a_causal_policy_does_not_share_tokens_with_a_t5_reward_model(tmp_path: Path) -> None:
+    """Equal vocabularies frame a prompt in two ways, so such a reward model reads text."""
+    model, tokenizer = scratch()
+    save_model(model, tokenizer, tmp_path / "policy")
+    t5 = load_tokenizer(tmp_path / "policy")
+    assert same_token_ids(t5, copy.deepcopy(t5))
+    assert not same_token_ids(AutoTokenizer.from_pretrained(tmp_path / "policy"), t5)
+
+
+def test_a_learned_reward_scores_tokens_as_it_scores_their_text(tmp_path: Path) -> None:
+    model, tokenizer = scratch()
+    save_model(model, tokenizer, tmp_path / "policy")
+    scalar_model = ScalarModel.from_policy(model, seed=7)
+    scalar_model.save(tmp_path / "reward", ensure_distinct_pad(tokenizer, scalar_model.model))
+    loaded = load_tokenizer(tmp_path / "policy")
+    reward = LearnedReward.load(
+        str(tmp_path / "reward"),
+        ModelConfig(),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        policy_tokenizer=loaded,
+    )
+    assert reward.same_tokens
+    prompts, responses = ["the film", "what a film was this"], [" was not good", " good"]
+    pairs = [encode_pair(loaded, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    ids, mask, num_prompt = pad_pairs(scalar_model, pairs, 199)
+    by_tokens = reward.score_tokens(ids, mask, num_prompt).tolist()
+    assert by_tokens == pytest.approx(reward.score_texts(prompts, responses, batch_size=1), abs=1e-5)
+    with torch.no_grad():
+        expected = [
+            float(scalar_model.response_values(torch.tensor([[*pair.prompt_ids, *pair.response_ids]]),
+                  torch.ones(1, len(pair.prompt_ids) + len(pair.response_ids), dtype=torch.bool),
+                  len(pair.prompt_ids))[0, -1])
+            for pair in pairs
+        ]  # fmt: skip
+    assert by_tokens == pytest.approx(expected, abs=1e-5)
+
+
+def test_other_encoder_decoder_models_are_refused(tmp_path: Path) -> None:
+    _, tokenizer = scratch()
+    config = AutoConfig.for_model(
+        "bart", vocab_size=300, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    bart = cast(PreTrainedModel, cast(Any, AutoModelForSeq2SeqLM).from_config(config))
+    save_model(bart, tokenizer, tmp_path / "bart")
+    with pytest.raises(ArtifactError, match="of type bart"):
+        load_policy(tmp_path / "bart")
+    with pytest.raises(ArtifactError, match="of type bart"):
+        ScalarModel.from_policy(tmp_path / "bart", seed=1)
