@@ -49,7 +49,7 @@ def write_adapter(folder: Path, source: str, lora: LoRAConfig = LORA, *, scores:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or "score.modules_to_save" in name:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     save_model(model, tokenizer, folder)
     return str(folder)
 

@@ -42,7 +42,7 @@ class FunctionReward(_Reward):
     def _arguments_are_free(self) -> FunctionReward:
         taken = [name for name in self.arguments if name in FUNCTION_INPUTS]
         if taken:
-            raise ValueError(f"arguments names {', '.join(taken)}, which the function gets for each response")
+            raise ValueError(f"arguments names {', '.join(taken)}, which every call gets already")
         return self
 
 
@@ -81,11 +81,17 @@ class KeywordReward(_Reward):
     """How many of the words are in the response, as whole words: in [0, 1]."""
 
     type: Literal["keywords"] = "keywords"
-    words: tuple[Annotated[str, Field(min_length=1)], ...] = Field(description="words to look for", min_length=1)
+    words: tuple[str, ...] = Field(description="words to look for", min_length=1)
     count: Literal["share", "any", "all"] = Field(
         "share", description="share of the words that are there, or 1 when any or all of them are"
     )
     case_sensitive: bool = Field(False, description="capitals must agree")
+
+    @model_validator(mode="after")
+    def _words_are_words(self) -> KeywordReward:
+        if not all(word.strip() for word in self.words):
+            raise ValueError("words holds an empty word")
+        return self
 
 
 class ExactAnswerReward(_Reward):

@@ -135,7 +135,8 @@ def _missing(path: schema.Path, source: str | None) -> Problem:
     key = ".".join(path)
     entry = schema.find(path)
     about = f" ({entry.field.description})" if entry is not None and entry.field.description else ""
-    return Problem(key, f"has no value{about}: add {key}={PLACEHOLDERS.get(key, 'VALUE')}", source=source)
+    usual = "[VALUE]" if entry is not None and entry.type.element is not None else "VALUE"
+    return Problem(key, f"has no value{about}: add {key}={PLACEHOLDERS.get(key, usual)}", source=source)
 
 
 def converted(draft: Draft) -> dict[str, Any]:

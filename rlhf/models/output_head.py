@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.errors import ConfigError
-from rlhf.ops.logprobs import Excluded, logprobs_and_entropy, token_logprobs
+from rlhf.ops.logprobs import Excluded, Memo, logprobs_and_entropy, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,26 +114,28 @@ def head_statistics(
     head = output_head(model)
     own_forward = head.forward
 
-    def piece(inputs: Tensor, targets: Tensor, slots: Tensor | None) -> tuple[Tensor, ...]:
+    def piece(inputs: Tensor, targets: Tensor, slots: Tensor | None, memo: Memo | None) -> tuple[Tensor, ...]:
         logits = finish_logits(model, own_forward(inputs))
         left_out = Excluded(excluded.token_ids, slots) if excluded is not None and slots is not None else None
         if with_entropy:
-            return logprobs_and_entropy(logits=logits, tokens=targets, temperature=temperature, excluded=left_out)
-        return (token_logprobs(logits=logits, tokens=targets, temperature=temperature, excluded=left_out),)
+            return logprobs_and_entropy(
+                logits=logits, tokens=targets, temperature=temperature, excluded=left_out, memo=memo
+            )
+        return (token_logprobs(logits=logits, tokens=targets, temperature=temperature, excluded=left_out, memo=memo),)
 
     def pieces(inputs: Tensor) -> tuple[Tensor, ...]:
         slots = excluded.slots if excluded is not None else None
         if chunk_tokens is None or chunk_tokens >= tokens.numel():
-            return piece(inputs, tokens, slots)
+            return piece(inputs, tokens, slots, None)
         parts = []
         flat = _in_pieces(inputs, chunk_tokens), _in_pieces(tokens, chunk_tokens)
         flags = [None] * len(flat[0]) if slots is None else _in_pieces(slots, chunk_tokens)
         for arguments in zip(*flat, flags, strict=True):
             if torch.is_grad_enabled():
                 # Nothing here is random: dropout is off in all models.
-                parts.append(checkpoint(piece, *arguments, use_reentrant=False, preserve_rng_state=False))
+                parts.append(checkpoint(piece, *arguments, Memo(), use_reentrant=False, preserve_rng_state=False))
             else:
-                parts.append(piece(*arguments))
+                parts.append(piece(*arguments, None))
         return tuple(torch.cat(part, dim=1).view(tokens.shape) for part in zip(*parts, strict=True))
 
     with replaced_forward(head, pieces):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,17 @@ def row_blocks(shape: torch.Size, max_entries: int) -> Iterator[Block]:
             yield slice(row, row + rows), slice(token, token + tokens)
 
 
+@dataclass
+class Memo:
+    """What one pass over logits found, for a later pass over equal logits that serves the backward pass alone.
+
+    The call that gets an empty memo fills it. A call that gets a filled one computes nothing, and its backward pass
+    writes the gradient over the logits: they must be recomputed ones that nobody else holds.
+    """
+
+    found: tuple[Tensor, Tensor, Tensor] | None = None
+
+
 class _TokenStatistics(torch.autograd.Function):
     """log softmax(logits / temperature) at `tokens`, and the entropy of that softmax, with analytic gradients.
 
@@ -53,56 +65,82 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, excluded: Excluded | None
+        ctx: Any,
+        logits: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        excluded: Excluded | None,
+        memo: Memo | None,
     ) -> tuple[Tensor, Tensor | None]:
-        dtype = working_dtype(logits.dtype)
-        logprobs, normalizers, entropies = (
-            torch.zeros(tokens.shape, dtype=dtype, device=logits.device) for _ in range(3)
-        )
-        for block in row_blocks(logits.shape, MAX_BLOCK_ENTRIES):
-            scaled = logits[block].to(dtype) / temperature
-            if excluded is not None:
-                excluded.fill(block, scaled, -math.inf)
-            normalizer = scaled.logsumexp(-1)
-            normalizers[block] = normalizer
-            logprobs[block] = scaled.gather(-1, tokens[block].unsqueeze(-1)).squeeze(-1) - normalizer
-            if with_entropy:
-                probabilities = scaled.sub_(normalizer.unsqueeze(-1)).exp_()
-                entropies[block] = torch.special.entr(probabilities).sum(-1)
+        ctx.overwrite = memo is not None and memo.found is not None
+        found = memo.found if memo is not None else None
+        if found is None:
+            found = _pass_over(logits, tokens, temperature, with_entropy, excluded)
+        if memo is not None:
+            memo.found = found
+        logprobs, normalizers, entropies = found
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, tokens, normalizers, entropies)
         ctx.temperature = temperature
         ctx.excluded = excluded
-        return logprobs, entropies.clone() if with_entropy else None
+        return logprobs.clone(), entropies.clone() if with_entropy else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None, None, None, None]:
         logits, tokens, normalizers, entropies = ctx.saved_tensors
         of_logprobs, of_entropies = gradients
-        result = torch.zeros_like(logits)
+        result = logits if ctx.overwrite else torch.empty_like(logits)
         for block in row_blocks(logits.shape, MAX_BLOCK_ENTRIES):
-            scaled = logits[block].to(normalizers.dtype) / ctx.temperature
-            if ctx.excluded is not None:
-                ctx.excluded.fill(block, scaled, -math.inf)
-            probabilities = scaled.sub_(normalizers[block].unsqueeze(-1)).exp_()
-            total = torch.zeros_like(probabilities)
+            probabilities = _scaled(logits, block, normalizers.dtype, ctx.temperature, ctx.excluded)
+            probabilities.sub_(normalizers[block].unsqueeze(-1)).exp_()
+            total: Tensor | None = None
             used = torch.zeros_like(tokens[block], dtype=torch.bool)
             if of_entropies is not None:
                 gradient = of_entropies[block].unsqueeze(-1)
-                slope = torch.special.entr(probabilities) - probabilities * entropies[block].unsqueeze(-1)
-                total += slope * gradient
+                total = torch.special.entr(probabilities)
+                total.sub_(probabilities * entropies[block].unsqueeze(-1)).mul_(gradient)
                 used |= gradient.squeeze(-1) != 0
             if of_logprobs is not None:
                 gradient = of_logprobs[block].unsqueeze(-1)
-                total -= probabilities * gradient
+                weighted = probabilities.mul_(gradient)
+                total = weighted.neg_() if total is None else total.sub_(weighted)
                 total.scatter_add_(-1, tokens[block].unsqueeze(-1), gradient)
                 used |= gradient.squeeze(-1) != 0
+            if total is None:
+                result[block] = 0.0
+                continue
             if ctx.excluded is not None:
                 ctx.excluded.fill(block, total, 0.0)
             # A token that no loss looks at gets exactly zero, also when its logits are not finite.
-            result[block] = torch.where(used.unsqueeze(-1), total / ctx.temperature, 0.0).to(logits.dtype)
-        return result, None, None, None, None
+            result[block] = total.div_(ctx.temperature).masked_fill_(~used.unsqueeze(-1), 0.0)
+        return result, None, None, None, None, None
+
+
+def _scaled(logits: Tensor, block: Block, dtype: torch.dtype, temperature: float, excluded: Excluded | None) -> Tensor:
+    """logits / temperature of one block, a new tensor."""
+    scaled = logits[block].to(dtype) / temperature
+    if excluded is not None:
+        excluded.fill(block, scaled, -math.inf)
+    return scaled
+
+
+def _pass_over(
+    logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, excluded: Excluded | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, log-normalizers and entropies (zeros without `with_entropy`), each (B, R)."""
+    dtype = working_dtype(logits.dtype)
+    logprobs, normalizers, entropies = (torch.zeros(tokens.shape, dtype=dtype, device=logits.device) for _ in range(3))
+    for block in row_blocks(logits.shape, MAX_BLOCK_ENTRIES):
+        scaled = _scaled(logits, block, dtype, temperature, excluded)
+        normalizer = scaled.logsumexp(-1)
+        normalizers[block] = normalizer
+        logprobs[block] = scaled.gather(-1, tokens[block].unsqueeze(-1)).squeeze(-1) - normalizer
+        if with_entropy:
+            probabilities = scaled.sub_(normalizer.unsqueeze(-1)).exp_()
+            entropies[block] = torch.special.entr(probabilities, out=probabilities).sum(-1)
+    return logprobs, normalizers, entropies
 
 
 def check_temperature(temperature: float) -> None:
@@ -112,7 +150,12 @@ def check_temperature(temperature: float) -> None:
 
 
 def _statistics(
-    logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, excluded: Excluded | None
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    excluded: Excluded | None,
+    memo: Memo | None,
 ) -> tuple[Tensor, Tensor | None]:
     check_temperature(temperature)
     check_floating(logits=logits)
@@ -128,19 +171,25 @@ def _statistics(
         if excluded.slots.shape != tokens.shape:
             shapes = f"{tuple(excluded.slots.shape)} and {tuple(tokens.shape)}"
             raise ValueError(f"excluded slots (B, R) and tokens (B, R) must agree, but came as {shapes}")
-    logprobs, entropies = _TokenStatistics.apply(logits, tokens.long(), temperature, with_entropy, excluded)  # type: ignore[no-untyped-call]
+    arguments = (logits, tokens.long(), temperature, with_entropy, excluded, memo)
+    logprobs, entropies = _TokenStatistics.apply(*arguments)  # type: ignore[no-untyped-call]
     return logprobs, entropies
 
 
 def token_logprobs(
-    *, logits: Float[Tensor, "B R V"], tokens: Int[Tensor, "B R"], temperature: float, excluded: Excluded | None = None
+    *,
+    logits: Float[Tensor, "B R V"],
+    tokens: Int[Tensor, "B R"],
+    temperature: float,
+    excluded: Excluded | None = None,
+    memo: Memo | None = None,
 ) -> Float[Tensor, "B R"]:
     """Log-probability in nats of each token under softmax(logits / temperature), float32 (float64 for float64 logits).
 
     `logits[:, t]` must be those that predict `tokens[:, t]`. Every id lies in [0, V), padded ones too. A token that is
-    itself `excluded` has log-probability -inf.
+    itself `excluded` has log-probability -inf. `memo` is for logits that are computed twice.
     """
-    return _statistics(logits, tokens, temperature, False, excluded)[0]
+    return _statistics(logits, tokens, temperature, False, excluded, memo)[0]
 
 
 def entropy(*, logits: Float[Tensor, "B R V"], temperature: float) -> Float[Tensor, "B R"]:
@@ -151,9 +200,14 @@ def entropy(*, logits: Float[Tensor, "B R V"], temperature: float) -> Float[Tens
 
 
 def logprobs_and_entropy(
-    *, logits: Float[Tensor, "B R V"], tokens: Int[Tensor, "B R"], temperature: float, excluded: Excluded | None = None
+    *,
+    logits: Float[Tensor, "B R V"],
+    tokens: Int[Tensor, "B R"],
+    temperature: float,
+    excluded: Excluded | None = None,
+    memo: Memo | None = None,
 ) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
     """`token_logprobs` and `entropy` from one pass over the logits."""
-    logprobs, entropies = _statistics(logits, tokens, temperature, True, excluded)
+    logprobs, entropies = _statistics(logits, tokens, temperature, True, excluded, memo)
     assert entropies is not None  # with_entropy=True always computes them
     return logprobs, entropies

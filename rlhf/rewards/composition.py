@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from rlhf.errors import ConfigError
 from rlhf.rewards.protocol import Reward, RewardBatch, RewardError, shown, shown_prompt
 
 MIN_STD = 1e-6
+STATISTICS_FILE = "rlhf_reward.json"
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,15 @@ class ScoreStatistics:
 
     mean: float = 0.0
     std: float = 1.0
+
+    @classmethod
+    def read(cls, folder: str) -> ScoreStatistics | None:
+        """What stage reward_model wrote beside the weights, from held-out responses; None for a model from elsewhere."""
+        path = Path(folder) / STATISTICS_FILE
+        if not path.is_file():
+            return None
+        body = json.loads(path.read_text(encoding="utf-8"))
+        return cls(mean=body["score_mean"], std=body["score_std"])
 
     def normalize(self, scores: Tensor) -> Tensor:
         """(score - mean) / std, elementwise. A standard deviation of (almost) nothing counts as `MIN_STD`."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,30 +13,14 @@ from rlhf.data.tokenization import encode_pair, has_encoder_prompts
 from rlhf.models.loading import disable_dropout, load_tokenizer
 from rlhf.models.scalar import ScalarModel, pad_pairs, response_scores
 from rlhf.records import PromptContent
+from rlhf.rewards.composition import STATISTICS_FILE as STATISTICS_FILE
+from rlhf.rewards.composition import ScoreStatistics as ScoreStatistics
+from rlhf.rewards.protocol import RewardBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf.config.model import ModelConfig
-
-STATISTICS_FILE = "rlhf_reward.json"
-
-
-@dataclass(frozen=True)
-class ScoreStatistics:
-    """Mean and standard deviation of a reward model's scores on held-out responses, to shift and scale by."""
-
-    mean: float = 0.0
-    std: float = 1.0
-
-    @classmethod
-    def read(cls, folder: str) -> ScoreStatistics | None:
-        """What stage reward_model wrote beside the weights; None for a model that came from elsewhere."""
-        path = Path(folder) / STATISTICS_FILE
-        if not path.is_file():
-            return None
-        body = json.loads(path.read_text(encoding="utf-8"))
-        return cls(mean=body["score_mean"], std=body["score_std"])
 
 
 @dataclass(frozen=True)
@@ -54,6 +36,7 @@ class LearnedReward:
     statistics: ScoreStatistics | None
     device: torch.device
     same_tokens: bool
+    may_abstain: ClassVar[bool] = False
 
     @classmethod
     def load(
@@ -64,13 +47,20 @@ class LearnedReward:
         dtype: torch.dtype,
         device: torch.device,
         policy_tokenizer: PreTrainedTokenizerBase,
+        key: str = "ppo.reward_model",
     ) -> LearnedReward:
-        """Loads a reward model folder (or hub id) for scoring a policy's responses."""
-        model = ScalarModel.load(path, config, dtype=dtype).to(device).eval()
+        """Loads a reward model folder (or hub id) for scoring a policy's responses; `key` names it in errors."""
+        model = ScalarModel.load(path, config, dtype=dtype, key=key).to(device).eval()
         model.requires_grad_(False)
         disable_dropout(model)
-        tokenizer = load_tokenizer(path, config, key="ppo.reward_model")
+        tokenizer = load_tokenizer(path, config, key=key)
         return cls(model, tokenizer, ScoreStatistics.read(path), device, same_token_ids(policy_tokenizer, tokenizer))
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        """Raw scores (B,): of the sampled tokens where they mean the same to this model, else of the text."""
+        if self.same_tokens:
+            return self.score_tokens(batch.input_ids, batch.attention_mask, batch.num_prompt)
+        return torch.tensor(self.score_texts(batch.prompts, batch.responses, batch_size=len(batch)))
 
     @torch.inference_mode()
     def score_tokens(self, input_ids: Tensor, attention_mask: Tensor, num_prompt: int | None = None) -> Tensor:

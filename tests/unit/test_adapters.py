@@ -92,7 +92,7 @@ def test_row_42_a_reward_adapter_keeps_its_head_and_scores(architecture: str, tm
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter += 0.05
+                parameter.add_(0.05)
                 assert "lora_" in name or "score" in name
     save_model(model, tokenizer, tmp_path / "reward")
     plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1)

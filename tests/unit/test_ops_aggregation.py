@@ -88,6 +88,36 @@ def test_weights_by_hand() -> None:
     assert weighted_sum(values=losses, mask=mask).item() == 13.0
 
 
+def test_golden_loss_and_gradient_norm_row_47() -> None:
+    """Row 47: what each aggregation makes of a fixed batch, so that none can change unnoticed.
+
+    Rows of 3 and 1 tokens with advantages 1, 2, 2 and 4, ratios 1. Losses: -9/4; -(5/3 + 4)/2; -(5/4 + 4/4)/2 for a
+    longest response of 4. Gradients: (1, 2, 2, 4)/4 of norm 5/4; ((1, 2, 2)/3, 4)/2 of norm sqrt(4.25); norm 5/8.
+    """
+    mask = prefix_mask([3, 1], 3)
+    advantages = torch.tensor([[1.0, 2.0, 2.0], [4.0, 99.0, 99.0]], dtype=torch.float64)
+    expected = {
+        "token_mean": (-2.25, 1.25),
+        "sequence_mean": (-17 / 6, math.sqrt(4.25)),
+        "fixed_length": (-1.125, 0.625),
+    }
+    for aggregation in AGGREGATIONS:
+        logprobs = torch.zeros_like(advantages, requires_grad=True)
+        loss_sum, _, _ = ppo_policy_loss(
+            logprobs=logprobs,
+            old_logprobs=logprobs,
+            advantages=advantages,
+            mask=mask,
+            clip_low=0.2,
+            clip_high=0.2,
+            weights=aggregation_weights(mask=mask, aggregation=aggregation, length=4).double(),
+        )
+        loss = loss_sum / aggregation_count(mask=mask, aggregation=aggregation)
+        backward(loss)
+        assert logprobs.grad is not None
+        assert (loss.item(), logprobs.grad.norm().item()) == pytest.approx(expected[aggregation], rel=1e-6)
+
+
 def _case(mask: Tensor, generator: torch.Generator) -> dict[str, Any]:
     old, difference, advantages = (normal(mask, generator) for _ in range(3))
     return {"logprobs": old + difference, "old_logprobs": old, "advantages": advantages, "mask": mask}

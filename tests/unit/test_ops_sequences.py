@@ -12,7 +12,7 @@ PAD = 9
 
 
 def test_last_token_index_comes_from_the_mask() -> None:
-    """The last real token wherever the padding sits: right, left, in the middle, everywhere."""
+    """Row 21: the last real token wherever the padding sits: right, left, in the middle, everywhere."""
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
     assert last_token_index(mask).tolist() == [1, 3, 2, -1, 3]
     assert last_token_index(torch.zeros(2, 0, dtype=torch.bool)).tolist() == [-1, -1]
@@ -51,13 +51,13 @@ def test_padding() -> None:
 
 
 def test_a_real_token_equal_to_the_pad_counts() -> None:
-    """The mask is from lengths: the pad id inside a sequence is a token like any other."""
+    """Row 22: the mask is from lengths: the pad id inside a sequence is a token like any other."""
     _, mask = right_pad([[PAD, 1, PAD], [PAD]], pad_id=PAD)
     assert last_token_index(mask).tolist() == [2, 0]
 
 
 def test_response_mask_ends_with_the_first_stop() -> None:
-    """Any of several stop tokens ends a response, EOS or not; the stop itself counts, what follows does not."""
+    """Row 20: any of several stop tokens ends a response, EOS or not; the stop itself counts, what follows does not."""
     responses = torch.tensor([[5, 2, 5, 2], [7, 5, 5, 5], [5, 5, 5, 5], [5, 5, 5, 2], [5, 7, 2, 2]])
     mask, stopped = response_mask(responses, stop_ids=[2, 7])
     assert mask.sum(1).tolist() == [2, 1, 4, 4, 2]

@@ -6,7 +6,6 @@ is -beta times the KL estimate to the frozen reference, plus, on the last token,
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,9 +17,10 @@ from rlhf.config.ppo import PPOConfig
 from rlhf.distributed.checkpoints import checkpoint_folder, latest_checkpoint, prune_checkpoints
 from rlhf.distributed.engine import TrainingEngine
 from rlhf.ops.adam import TensorFlowAdam
+from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, StageOutput
 from rlhf.stages.ppo.job import PPOJob, TrainingView
-from rlhf.stages.ppo.metrics import batch_metrics, sample_rows, speed_metrics
+from rlhf.stages.ppo.metrics import Clock, batch_metrics, sample_rows
 from rlhf.stages.ppo.prepare import prepare_job
 from rlhf.stages.ppo.publish import publish
 from rlhf.stages.ppo.rollout import Experience, gather_experience, transform_scores
@@ -56,72 +56,61 @@ def train(job: PPOJob) -> Trained:
     section, models, runtime = job.section, job.models, job.runtime
     # 1. Policy and critic to train; reference and rewards frozen.
     engine = make_engine(job)
-    state = TrainingState.start(section)
-    updater = Updater(
-        engine,
-        section,
-        runtime,
-        job.seed,
-        models.scoring,
-        job.demonstrations if section.ptx_coefficient else (),
-        models.pad_id,
-    )
+    demonstrations = job.demonstrations if section.ptx_coefficient else ()
+    updater = Updater(engine, section, runtime, job.seed, models.scoring, demonstrations, models.pad_id)
     # 2. Where an interrupted attempt stopped.
-    _resume(job, engine, state)
-    view = TrainingView(engine, models, runtime)
-    metrics: dict[str, float] = {}
+    state = _start_or_resume(job, engine)
+    view, metrics = TrainingView(engine, models, runtime), {}
     with job.open_tracker(state.update) as tracker:
-        for note in job.notes:
-            tracker.message(note)
-        if state.update == 0:
-            state.average_policy(engine)
-        for callback in job.callbacks:
-            callback.on_start(view, state.update)
+        _begin(job, view, state, tracker)
         for update in range(state.update, section.num_updates):
-            started = time.monotonic()
+            clock = Clock()
             # 3. Sample responses to the prompts of the batch, and score them.
             experience = gather_experience(engine, models, job.prompts, section, runtime, job.seed, update)
-            rollout_seconds = time.monotonic() - started
+            clock.rollout_ends()
             if update == 0 and section.self_test:
                 _self_test(job, engine, experience)
             # 4. Token rewards with the KL penalty, advantages, returns: over the global batch.
             coefficient = state.kl_coefficient
             batch = make_batch(experience, section, state, coefficient)
             # 5. Several epochs of clipped policy and value losses.
-            trained = time.monotonic()
+            clock.training_begins()
             statistics = updater.optimise(batch, update, coefficient)
-            train_seconds = time.monotonic() - trained
-            engine.scheduler.step()
-            # 6. What moves between updates: beta, the average of the policy, the reference.
-            step = state.update = update + 1
+            clock.training_ends()
             metrics = {
                 **batch_metrics(batch, experience, models.rewards.weights, coefficient),
                 **statistics.means(runtime, section, coefficient),
                 "ppo/learning_rate": section.learning_rate * learning_rate_factor(section, update),
             }
-            if state.adaptive_kl is not None:
-                state.adaptive_kl.update(metrics["ppo/kl_to_reference"], len(batch))
-            state.average_policy(engine)
-            if section.reference_refresh_every is not None and step % section.reference_refresh_every == 0:
-                state.refresh_reference(engine, models)
+            # 6. What moves between updates: the learning rates, beta, the average of the policy, the reference.
+            engine.scheduler.step()
+            state.advance(engine, models, section, metrics["ppo/kl_to_reference"])
             # 7. Write down what happened; keep what is needed to go on.
             for callback in job.callbacks:
-                metrics |= callback.on_update(view, step, metrics) or {}
-            num_steps = len(statistics.grad_norms)
-            total = time.monotonic() - started
-            speeds = speed_metrics(batch, section, runtime, num_steps, rollout_seconds, train_seconds, total)
-            tracker.log(step, {**metrics, **speeds})
-            if update % section.samples_every == 0 or step == section.num_updates:
-                tracker.log_samples(step, sample_rows(experience, models, section.num_samples_shown))
-            for warning in state.guards.check(step, metrics):
+                metrics |= callback.on_update(view, state.update, metrics) or {}
+            speeds = clock.metrics(batch, section, runtime, len(statistics.grad_norms))
+            tracker.log(state.update, {**metrics, **speeds})
+            if update % section.samples_every == 0 or state.update == section.num_updates:
+                tracker.log_samples(state.update, sample_rows(experience, models, section.num_samples_shown))
+            for warning in state.guards.check(state.update, metrics):
                 tracker.message(warning)
-            if step % section.save_every == 0 and step < section.num_updates and not view.stop:
-                _save(job, engine, state)
             if view.stop:
                 break
+            if state.update % section.save_every == 0 and state.update < section.num_updates:
+                _save(job, engine, state)
         for callback in job.callbacks:
             callback.on_end(view, state.update)
     return Trained(engine, state, metrics)
+
+
+def _begin(job: PPOJob, view: TrainingView, state: TrainingState, tracker: Tracker) -> None:
+    """What is done once, before the first update of this process."""
+    for note in job.notes:
+        tracker.message(note)
+    if state.update == 0:
+        state.average_policy(view.engine)
+    for callback in job.callbacks:
+        callback.on_start(view, state.update)
 
 
 def make_batch(experience: Experience, section: PPOConfig, state: TrainingState, coefficient: float) -> PPOBatch:
@@ -144,9 +133,9 @@ def make_batch(experience: Experience, section: PPOConfig, state: TrainingState,
 
 
 def learning_rate_factor(section: PPOConfig, update: int) -> float:
-    """What the policy's learning rate is multiplied with in an update: 0 while the critic warms up, else as the critic's.
+    """What the policy's learning rate is multiplied with in an update: as the critic's, but 0 while that warms up.
 
-    During the warm-up the optimiser sees the policy's gradients, so its moments are true when the policy begins to move.
+    The optimiser sees the policy's gradients all the while, so its moments are true when the policy begins to move.
     """
     return 0.0 if update < section.critic_warmup_updates else value_learning_rate_factor(section, update)
 
@@ -192,13 +181,16 @@ def make_engine(job: PPOJob) -> TrainingEngine:
     )
 
 
-def _resume(job: PPOJob, engine: TrainingEngine, state: TrainingState) -> None:
+def _start_or_resume(job: PPOJob, engine: TrainingEngine) -> TrainingState:
+    """The state of the newest checkpoint, whose weights the engine then has, or that before the first update."""
+    state = TrainingState.start(job.section)
     if job.checkpoints is None:
-        return
+        return state
     newest = latest_checkpoint(job.checkpoints) if job.runtime.is_main else None
     checkpoint = job.runtime.broadcast_object(newest)
     if checkpoint is not None:
         state.from_checkpoint(engine.load_checkpoint(checkpoint), job.models)
+    return state
 
 
 def _save(job: PPOJob, engine: TrainingEngine, state: TrainingState) -> None:

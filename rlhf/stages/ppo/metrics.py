@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,17 +60,33 @@ def _raw_total(parts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     return torch.stack([weights[name] * part.float().nan_to_num(nan=0.0) for name, part in parts.items()]).sum(0)
 
 
-def speed_metrics(
-    batch: PPOBatch, section: PPOConfig, runtime: Runtime, num_steps: int, rollout: float, train: float, total: float
-) -> dict[str, float]:
-    """Tokens per second over all ranks, and peak memory of this one. `num_steps` is what the optimiser did."""
-    tokens = int(batch.response_mask.sum())
-    return {
-        "perf/rollout_tokens_per_second": tokens / rollout,
-        "perf/train_tokens_per_second": tokens * num_steps / section.num_minibatches / train,
-        "perf/step_seconds": total,
-        "perf/peak_memory_bytes": float(peak_memory_bytes(runtime.device)),
-    }
+class Clock:
+    """Seconds of one update, from its making."""
+
+    def __init__(self) -> None:
+        self._started = self._rollout = self._train = self._marked = time.monotonic()
+
+    def rollout_ends(self) -> None:
+        """Everything is sampled and scored."""
+        self._rollout = time.monotonic() - self._started
+
+    def training_begins(self) -> None:
+        """The first epoch begins."""
+        self._marked = time.monotonic()
+
+    def training_ends(self) -> None:
+        """The last epoch has ended."""
+        self._train = time.monotonic() - self._marked
+
+    def metrics(self, batch: PPOBatch, section: PPOConfig, runtime: Runtime, num_steps: int) -> dict[str, float]:
+        """Tokens per second over all ranks, and this rank's peak memory. `num_steps` is what the optimiser did."""
+        tokens = int(batch.response_mask.sum())
+        return {
+            "perf/rollout_tokens_per_second": tokens / self._rollout,
+            "perf/train_tokens_per_second": tokens * num_steps / section.num_minibatches / self._train,
+            "perf/step_seconds": time.monotonic() - self._started,
+            "perf/peak_memory_bytes": float(peak_memory_bytes(runtime.device)),
+        }
 
 
 def sample_rows(experience: Experience, models: PPOModels, num: int) -> list[dict[str, Any]]:

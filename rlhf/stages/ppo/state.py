@@ -75,6 +75,18 @@ class TrainingState:
         """Beta of the update at hand."""
         return self._fixed_coefficient if self.adaptive_kl is None else self.adaptive_kl.coefficient
 
+    def advance(
+        self, engine: TrainingEngine, models: PPOModels, section: PPOConfig, kl_nats_per_sequence: float
+    ) -> None:
+        """To the next update: beta by the KL that was seen, the average, and the reference when it is time."""
+        self.update += 1
+        if self.adaptive_kl is not None:
+            self.adaptive_kl.update(kl_nats_per_sequence, section.batch_size)
+        self.average_policy(engine)
+        every = section.reference_refresh_every
+        if every is not None and self.update % every == 0:
+            self.refresh_reference(engine, models)
+
     def average_policy(self, engine: TrainingEngine) -> None:
         """Takes the policy's present weights into the average. All ranks call it."""
         if self.average is not None:

@@ -1,0 +1,166 @@
+"""What the ranks of test_lora_stages.py run: adapters under every kind of sharding, in one process.
+
+Usage: `lora_worker FOLDER`, where the data, the comparisons, the base model and one process's runs lie already. The
+stages' run of case NAME lands in FOLDER/NAME, one that was killed on the way and resumed in FOLDER/NAME-killed, and what
+roles on one base became in FOLDER/roles-NAME.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import RLHFConfig
+from rlhf.config.distributed import DistributedConfig
+from rlhf.config.zero import ZeroConfig
+from rlhf.distributed.engine import TrainingEngine
+from rlhf.distributed.runtime import Runtime
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.scoring import response_logprobs
+from rlhf.models.shared_base import Role, SharedBase
+from rlhf.stages import reward_model, sft, trl_adapter
+from rlhf.worker import leave
+from tests.adapter_example import LORA, fixed_batch
+from tests.distributed.trl_worker import CASES, Killed, _KillingCallback
+from tests.stage_example import make_context, tiny_config
+
+RESUMED = ("plain", "stage2", "stage3")
+NUM_PROMPT = 5
+# Under each: is gradient checkpointing on?
+ROLES = {"plain": False, "stage2": False, "stage3": False, "stage3-checkpointing": True}
+
+
+def case_config(folder: Path, zero: dict[str, Any], num_processes: int, **sft_section: Any) -> RLHFConfig:
+    """The tiny configuration with adapters on the model in FOLDER/base_model."""
+    return tiny_config(
+        folder,
+        zero=zero,
+        distributed={"num_processes": num_processes},
+        peft=LORA.model_dump(),
+        model={"path": str(folder / "base_model")},
+        sft={"micro_batch_size": 2, **sft_section},
+    )
+
+
+def inputs_of(folder: Path, stage: str) -> dict[str, str]:
+    """Stage sft starts from the base, stage reward_model from one process's SFT adapter."""
+    if stage == "sft":
+        return {"base": str(folder / "base_model")}
+    return {"base": str(folder / "base/stages/sft/model"), "comparisons": str(folder / "comparisons")}
+
+
+def run_stages(config: RLHFConfig, folder: Path, run: Path, *, killed: bool) -> None:
+    """Both stages, each after a start of the runtime; `killed` ends each at a step first and then runs it again."""
+    whole = trl_adapter._TrackingCallback
+    for module in (sft, reward_model):
+        stage = module.__name__.rpartition(".")[2]
+        if killed:
+            runtime = Runtime.start(config.distributed, config.zero, config.seed)
+            trl_adapter._TrackingCallback = _KillingCallback  # type: ignore[misc]
+            try:
+                module.run(make_context(config, run, stage, inputs_of(folder, stage), runtime))
+            except Killed:
+                pass
+            else:
+                raise RuntimeError("nothing killed the stage")
+            finally:
+                trl_adapter._TrackingCallback = whole  # type: ignore[misc]
+        runtime = Runtime.start(config.distributed, config.zero, config.seed)
+        module.run(make_context(config, run, stage, inputs_of(folder, stage), runtime))
+        runtime.barrier()
+
+
+class PolicyAndValue(nn.Module):
+    """A forward pass through two roles on one base, as PPO makes it."""
+
+    def __init__(self, base: SharedBase) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The sum of a loss over the response tokens of these rows."""
+        with self.base.role("policy") as model:
+            logprobs = response_logprobs(
+                model, input_ids=ids, attention_mask=mask, num_prompt=NUM_PROMPT, temperature=1.0
+            )
+        values = self.base.response_values("value", ids, mask, NUM_PROMPT)[:, :-1]
+        errors = (logprobs + 1.0).square() + (values - 1.0).square()
+        return errors[mask[:, NUM_PROMPT:]].sum()
+
+
+def train_roles(folder: Path, zero: ZeroConfig, num_processes: int, *, checkpointing: bool) -> dict[str, Any]:
+    """Three optimiser steps of both roles; whole weights before and after on rank 0, and what the roles then give."""
+    config = DistributedConfig(num_processes=num_processes, device="cpu", timeout_seconds=60)
+    runtime = Runtime.start(config, zero, seed=5)
+    adapter, reward = str(folder / "base/stages/sft/model"), str(folder / "base/stages/reward_model/model")
+    base = SharedBase.build(
+        policy=adapter, reference=adapter, reward_model=reward, value_model=None, lora=LORA, model_config=None, seed=1
+    )
+    if checkpointing:
+        base.enable_gradient_checkpointing()
+    module = PolicyAndValue(base)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    optimizer = torch.optim.AdamW([part for part in module.parameters() if part.requires_grad], lr=1e-2)
+    engine = TrainingEngine.prepare(
+        module,
+        optimizer,
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        runtime=runtime,
+        zero=zero,
+        micro_batch_size=2,
+        accumulation_steps=1,
+        max_grad_norm=1.0,
+    )
+    ids, mask = (part.repeat(2, 1)[:4] for part in fixed_batch())
+    mine = slice(runtime.rank, None, runtime.world_size)
+    norms = []
+    for _ in range(3):
+        engine.module.train()
+        engine.backward(engine.module(ids[mine], mask[mine]) / int(mask[:, NUM_PROMPT:].sum()))
+        norms.append(engine.step())
+        engine.module.eval()
+    roles: tuple[Role, ...] = ("policy", "reference")
+    outputs = {}
+    with torch.no_grad(), engine.gathered():
+        for role in roles:
+            with base.role(role) as model:
+                outputs[role] = model(input_ids=ids, attention_mask=mask).logits
+        outputs["value"] = base.response_values("value", ids, mask, NUM_PROMPT)
+        outputs["reward"] = base.scores("reward", ids, mask)
+    weights = engine.state_dict_for_saving("base.")
+    if runtime.is_main:
+        tokenizer = load_tokenizer(reward)
+        for role, name in (("policy", "policy"), ("value", "value")):
+            target = folder / f"saved-{zero.stage}-{num_processes}-{checkpointing}" / name
+            base.save_role("policy" if role == "policy" else "value", target, tokenizer, weights)
+    with engine.modified():
+        base.copy_adapter("policy", "reference")
+    refreshed = engine.state_dict_for_saving("base.")
+    runtime.barrier()
+    return {"before": before, "weights": weights, "norms": norms, "outputs": outputs, "refreshed": refreshed}
+
+
+def main(folder: Path) -> None:
+    """All cases, one after the other."""
+    for name, zero in CASES.items():
+        config = case_config(folder, zero, num_processes=2)
+        run_stages(config, folder, folder / name, killed=False)
+        if name in RESUMED:
+            run_stages(config, folder, folder / f"{name}-killed", killed=True)
+    config = case_config(folder, CASES["stage3"], num_processes=2, gradient_checkpointing=True)
+    runtime = Runtime.start(config.distributed, config.zero, config.seed)
+    sft.run(make_context(config, folder / "stage3-checkpointing", "sft", inputs_of(folder, "sft"), runtime))
+    for name, checkpointing in ROLES.items():
+        zero = ZeroConfig.model_validate(CASES[name.partition("-")[0]])
+        result = train_roles(folder, zero, 2, checkpointing=checkpointing)
+        if result["weights"]:
+            torch.save(result, folder / f"roles-{name}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    leave(0)  # as a rank does
