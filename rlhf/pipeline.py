@@ -18,17 +18,22 @@ from rlhf import data
 from rlhf.config import RLHFConfig, StageName
 from rlhf.data.templates import chat_template
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.models.paths import check_model_path, is_local
+from rlhf.models.paths import base_of, check_model_path, is_adapter, is_local
+from rlhf.rewards import checks as reward_checks
+from rlhf.rewards.checks import needs_reward_model, reward_model_paths
 from rlhf.runs.files import discard, fingerprint, hash_path
 from rlhf.runs.folder import RunFolder
 
 # Raised when the code of a stage changes so that an old result is no longer what the same config gives.
-FINGERPRINT_VERSION = 1
+FINGERPRINT_VERSION = 2
 
-# Keys that do not decide what comes out: how often something is written, and where inputs lie (their content counts).
+# Keys that do not decide what comes out: how often something is written, who watches, and where inputs lie (their
+# content counts).
 _BOOKKEEPING = {
     "save_every",
     "keep_checkpoints",
+    "self_test",
+    "guards",
     "policy",
     "reference",
     "reward_model",
@@ -107,14 +112,23 @@ def _inputs(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str, s
 
 
 def _ppo_inputs(config: RLHFConfig, run: RunFolder, sft: str | None) -> dict[str, str]:
-    policy = _required(config.ppo.policy or sft, "ppo", "policy", "sft")
-    reward_model = _required(
-        config.ppo.reward_model or _own_model(config, run, "reward_model"), "ppo", "reward_model", "reward_model"
-    )
-    inputs = {"policy": policy, "reference": config.ppo.reference or policy, "reward_model": reward_model}
-    if config.ppo.value_model is not None:
-        inputs["value_model"] = config.ppo.value_model
-    elif config.ppo.value_init == "reward_model":
+    section = config.ppo
+    policy = _required(section.policy or sft, "ppo", "policy", "sft")
+    inputs = {"policy": policy, "reference": section.reference or policy}
+    reward_model = section.reward_model or _own_model(config, run, "reward_model")
+    if needs_reward_model(section.rewards):
+        inputs["reward_model"] = _required(reward_model, "ppo", "reward_model", "reward_model")
+    inputs |= {f"rewards.{name}.path": path for name, path in reward_model_paths(section.rewards).items()}
+    if section.value_network == "shared_trunk":
+        return inputs
+    if section.value_model is not None:
+        inputs["value_model"] = section.value_model
+    elif section.value_init == "reward_model":
+        if reward_model is None:
+            raise ConfigError(
+                "the critic of stage ppo starts from a reward model, and this run has none: set ppo.value_init=policy, "
+                "or name a model in ppo.value_model."
+            )
         inputs["value_model"] = reward_model
     return inputs
 
@@ -155,6 +169,8 @@ def preflight(config: RLHFConfig, run: RunFolder) -> None:
     if stages:
         data.preflight(config.data)
         _check_data_fits(config, run)
+        if "ppo" in stages:
+            reward_checks.preflight(config.ppo.rewards, config.data)
     elif not any(run.stages.glob("*/result.json")):
         raise ConfigError(
             f"there is no finished stage to report in {run.path}. Give the experiment and keys of the run, or its "
@@ -166,7 +182,7 @@ def preflight(config: RLHFConfig, run: RunFolder) -> None:
             if any(path.startswith(folder + "/") for folder in produced):
                 continue
             key = f"{stage}.{name}"
-            if getattr(getattr(config, stage), name, None) is None:
+            if "." not in name and getattr(getattr(config, stage), name, None) is None:
                 key = _SECTION_KEYS.get((stage, name), key)
             if name == "comparisons":
                 _check_comparisons(path, key)
@@ -191,7 +207,9 @@ def _check_comparisons(path: str, key: str) -> None:
 
 
 def _content(path: str, revision: str | None) -> str:
-    """What identifies an input: the hash of a folder's content, or a hub id with its revision."""
+    """What identifies an input: the hash of a folder's content and of an adapter's base, or a hub id with revision."""
+    if is_adapter(path):
+        return f"{hash_path(Path(path))} on {_content(base_of(path), revision)}"
     if is_local(path) or Path(path).exists():
         return hash_path(Path(path))
     return f"hub:{path}@{revision or 'main'}"
@@ -200,6 +218,9 @@ def _content(path: str, revision: str | None) -> str:
 def stage_fingerprint(config: RLHFConfig, stage: StageName, inputs: Mapping[str, str], data_hash: str) -> str:
     """A hash of everything that decides the stage's result."""
     section: dict[str, Any] = getattr(config, stage).model_dump(mode="json")
+    if stage == "ppo":
+        # The rewards' files count by their content, wherever they lie; their models are inputs.
+        section["rewards"] = reward_checks.content_hash(config.ppo.rewards)
     template = config.model.chat_template
     payload = {
         "version": [rlhf.__version__, FINGERPRINT_VERSION],

@@ -26,6 +26,7 @@ STAGE_MODULES: dict[str, str] = {
     "reward_model": "rlhf.stages.reward_model",
     "ppo": "rlhf.stages.ppo.loop",
     "evaluate": "rlhf.stages.evaluate",
+    "closed_form": "rlhf.studies.closed_form",
 }
 
 

@@ -1,4 +1,4 @@
-"""Peak memory and time of one update's forward and backward pass, with log-probs computed in pieces and at once.
+"""Peak memory and CPU time of an update's forward and backward pass, log-probs computed at once and in pieces.
 
 Usage: python experiments/memory/measure.py [--output results.csv]. Every line comes from a process of its own.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from typing import Any
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_PROMPT = 256, 2, 16
 # Vocabulary, responses, tokens of each response: GPT-2's vocabulary and Llama 3's.
-SHAPES = ((50_257, 32, 128), (128_256, 16, 128))
-CHUNKS = (None, 2048, 512, 128)
+SHAPES = ((50_257, 16, 128), (128_256, 16, 128))
+AT_ONCE, PYTORCH, ALONE = "at once", "linear_cross_entropy 512", "512, no entropy"
+METHODS = {"update": (AT_ONCE, "1024", "512", "128", ALONE, PYTORCH), "score": (AT_ONCE, "512", "128")}
 COLUMNS = ("vocabulary", "tokens", "task", "method", "peak_mb", "seconds", "value")
 
 
@@ -29,12 +31,11 @@ def _megabytes_now() -> float:
 
 
 def measure(vocabulary: int, num_rows: int, num_response: int, task: str, method: str) -> dict[str, Any]:
-    """Peak of the resident memory above the one before the pass, and seconds; all in this process."""
+    """Peak of the resident memory above the one before the pass, and CPU seconds; all in this process."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rlhf.models import response_logprobs_and_entropy
-    from rlhf.models.scoring import response_hidden_states
+    from rlhf.models.scoring import response_hidden_states, response_logprobs, response_logprobs_and_entropy
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -50,22 +51,19 @@ def measure(vocabulary: int, num_rows: int, num_response: int, task: str, method
     ids = torch.randint(vocabulary, (num_rows, NUM_PROMPT + num_response))
     mask = torch.ones_like(ids, dtype=torch.bool)
 
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "num_prompt": NUM_PROMPT}
+
     def library() -> torch.Tensor:
-        chunk_tokens = None if method == "at once" else int(method)
-        logprobs, entropy = response_logprobs_and_entropy(
-            model,
-            input_ids=ids,
-            attention_mask=mask,
-            num_prompt=NUM_PROMPT,
-            temperature=1.0,
-            chunk_tokens=chunk_tokens,
-        )
+        if method == ALONE:
+            return response_logprobs(model, **batch, temperature=1.0, chunk_tokens=512).mean()
+        chunk_tokens = None if method == AT_ONCE else int(method)
+        logprobs, entropy = response_logprobs_and_entropy(model, **batch, temperature=1.0, chunk_tokens=chunk_tokens)
         return (logprobs + 0.01 * entropy).mean()
 
     def pytorch() -> torch.Tensor:
         """PyTorch's own operation: log-probs without entropies, and only for a plain linear head."""
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
-        hidden = response_hidden_states(model, input_ids=ids, attention_mask=mask, num_prompt=NUM_PROMPT)
+        hidden = response_hidden_states(model, **batch)
         return -torch.nn.functional.linear_cross_entropy(
             hidden.flatten(0, 1),
             model.lm_head.weight,
@@ -74,7 +72,7 @@ def measure(vocabulary: int, num_rows: int, num_response: int, task: str, method
             options=options,
         ).mean()
 
-    run: Callable[[], torch.Tensor] = pytorch if method == "linear_cross_entropy" else library
+    run: Callable[[], torch.Tensor] = pytorch if method == PYTORCH else library
     before = _megabytes_now()
     start = time.process_time()
     if task == "score":
@@ -96,16 +94,17 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(measure(*json.loads(arguments.case))))
         return
+    # The allocator then hands every large block back at once, so that resident memory is what tensors take.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
     with arguments.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for vocabulary, num_rows, num_response in SHAPES:
-            for task in ("update", "score"):
-                methods = ["at once" if chunk is None else str(chunk) for chunk in CHUNKS]
-                for method in (*methods, "linear_cross_entropy"):
+            for task, methods in METHODS.items():
+                for method in methods:
                     case = json.dumps([vocabulary, num_rows, num_response, task, method])
                     command = [sys.executable, __file__, "--case", case]
-                    done = subprocess.run(command, check=True, capture_output=True, text=True)
+                    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
                     found = json.loads(done.stdout.splitlines()[-1])
                     line = {"vocabulary": vocabulary, "tokens": num_rows * num_response, "task": task, "method": method}
                     writer.writerow(line | found)

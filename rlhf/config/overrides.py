@@ -119,10 +119,9 @@ def apply(argument: Argument, draft: Draft, groups: Collection[str]) -> list[Pro
 
 
 def _merge(value: dict[str, Any], path: schema.Path, argument: Argument, draft: Draft) -> list[Problem]:
-    if not value and schema.variants_of(path):
+    if not value and schema.variants_of(path) and draft.get(path) is None:
         # Said to be there, with nothing in it: whether that will do is for validation to say.
-        if draft.get(path) is None:
-            draft.set(path, {}, Origin(argument.source, "argument", "{}"))
+        draft.set(path, {}, Origin(argument.source, "argument", "{}"))
     problems = []
     for name, item in value.items():
         # A sweep may nest dotted names: ppo={'sampling.temperature': 1}.

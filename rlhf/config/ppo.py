@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
+from rlhf.config.rewards import Rewards
 
 
 class PPOConfig(Section):
@@ -98,9 +99,12 @@ class PPOConfig(Section):
     )
 
     # Scores.
+    rewards: Rewards = Field(
+        default_factory=dict, description="rewards by name, with a type and a weight; none: the reward model alone"
+    )
     score_normalization: Literal["reward_model", "running", "none"] = Field(
         "reward_model",
-        description="shift and scale scores by the reward model's own statistics, by those of all scores so far, or not",
+        description="shift and scale by each reward model's own statistics, by those of all scores so far, or not",
     )
     score_clip: PositiveFloat | None = Field(None, description="scores are clipped to +- this after normalisation")
     missing_eos_penalty: NonNegativeFloat | None = Field(

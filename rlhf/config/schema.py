@@ -25,11 +25,15 @@ ANY_NAME = "NAME"
 
 @dataclass(frozen=True)
 class ValueType:
-    """A field's type with `Annotated` and `| None` taken off: what is left is `core`."""
+    """A field's type with `Annotated` and `| None` taken off: what is left is `core`.
+
+    `words` are what a list field takes besides lists (`tuple[str, ...] | Literal["all"]`).
+    """
 
     core: Any
     constraints: tuple[Any, ...]
     nullable: bool
+    words: tuple[str, ...] = ()
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -95,9 +99,14 @@ def value_type(annotation: Any, constraints: tuple[Any, ...] = ()) -> ValueType:
         return value_type(inner, (*constraints, *flat))
     if get_origin(annotation) in (Union, UnionType):
         members = [member for member in get_args(annotation) if member is not NoneType]
+        words = tuple(word for member in members if get_origin(member) is Literal for word in get_args(member))
+        others = [member for member in members if get_origin(member) is not Literal]
+        nullable = len(members) < len(get_args(annotation))
         if len(members) == 1:
             inner = value_type(members[0], constraints)
-            return ValueType(inner.core, inner.constraints, nullable=len(get_args(annotation)) > 1)
+            return ValueType(inner.core, inner.constraints, nullable)
+        if len(others) == 1 and get_origin(others[0]) is tuple:
+            return ValueType(others[0], constraints, nullable, words)
     return ValueType(annotation, constraints, nullable=False)
 
 
@@ -223,6 +232,7 @@ def describe(value: ValueType) -> str:
         text = "one of " + ", ".join(str(choice) for choice in value.choices)
     elif value.element is not None:
         text = f"a list such as [a, b], each {describe(value.element)}"
+        text += f", or {' or '.join(value.words)}" if value.words else ""
     elif value.is_mapping:
         text = "a mapping such as {name: value}"
     else:

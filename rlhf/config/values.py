@@ -31,6 +31,8 @@ def from_text(text: str, target: ValueType) -> Any:
     if target.choices:
         number = _number(text, int) if isinstance(target.choices[0], int) else text
         return next((choice for choice in target.choices if str(choice) in (str(number), _unquote(text))), text)
+    if _unquote(text) in target.words:
+        return _unquote(text)
     if target.element is not None or target.is_mapping:
         container = container_from_text(text)
         return text if container is None else from_argument_value(container, target)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlhf.errors import ConfigError
 from rlhf.models.output_head import (
@@ -142,10 +143,20 @@ def _statistics(
             chunk_tokens=chunk_tokens,
             with_entropy=with_entropy,
         )
-    logits = response_logits(model, input_ids=input_ids, attention_mask=attention_mask, num_prompt=num_prompt)
+    logits, causal = _forward(model, input_ids, attention_mask, num_prompt)
+    num_response = tokens.shape[1]
+    if causal:
+        # The position behind the response goes along, with any token: cutting it off would copy the logits' gradient.
+        logits = logits if logits.shape[1] == num_response + 1 else logits[:, -(num_response + 1) :]
+        tokens = pad(tokens, (0, 1))
+        excluded = excluded and Excluded(excluded.token_ids, pad(excluded.slots, (0, 1)))
     if with_entropy:
-        return logprobs_and_entropy(logits=logits, tokens=tokens, temperature=temperature, excluded=excluded)
-    return (token_logprobs(logits=logits, tokens=tokens, temperature=temperature, excluded=excluded),)
+        logprobs, entropy = logprobs_and_entropy(
+            logits=logits, tokens=tokens, temperature=temperature, excluded=excluded
+        )
+        return logprobs[:, :num_response], entropy[:, :num_response]
+    logprobs = token_logprobs(logits=logits, tokens=tokens, temperature=temperature, excluded=excluded)
+    return (logprobs[:, :num_response],)
 
 
 def _excluded(suppressed: Suppressed | None, tokens: Tensor, response_mask: Tensor | None) -> Excluded | None:

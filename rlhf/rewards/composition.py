@@ -27,7 +27,7 @@ class ScoreStatistics:
 
     @classmethod
     def read(cls, folder: str) -> ScoreStatistics | None:
-        """What stage reward_model wrote beside the weights, from held-out responses; None for a model from elsewhere."""
+        """What stage reward_model wrote beside the weights; None for a model that came from elsewhere."""
         path = Path(folder) / STATISTICS_FILE
         if not path.is_file():
             return None
@@ -53,8 +53,8 @@ class WeightedReward:
 class ScoredResponses:
     """Scores of B responses, float32, on the device of the batch's `input_ids`.
 
-    `total` (B,) is the sum of what each reward contributes. `parts` are the raw scores (B,) by the reward's name, before
-    normalisation and weight; `contributions` those after both. Both hold NaN where a reward does not apply.
+    `total` (B,) is the sum of what each reward contributes. `parts` are the raw scores (B,) by the reward's name,
+    before normalisation and weight; `contributions` those after both. Both hold NaN where a reward does not apply.
     """
 
     total: Tensor
@@ -66,8 +66,8 @@ class ScoredResponses:
 class RewardSet:
     """Rewards by name, in the order of the config: the score is the sum of weight x (normalised) score.
 
-    A reward of weight 0 is scored and logged, and changes nothing. Raises `ConfigError` without rewards, for a name that
-    comes twice, for a weight that is not finite, and when every weight is 0.
+    A reward of weight 0 is scored and logged, and changes nothing. Raises `ConfigError` without rewards, for a name
+    that comes twice, for a weight that is not finite, and when every weight is 0.
     """
 
     rewards: tuple[WeightedReward, ...]
@@ -153,7 +153,7 @@ def _checked(entry: WeightedReward, batch: RewardBatch) -> Tensor:
     wrong = scores.isinf() if entry.reward.may_abstain else ~scores.isfinite()
     for row in wrong.nonzero().flatten().tolist():
         raise RewardError(
-            f"reward {entry.name} gave {float(scores[row])} for the response {shown(batch.responses[row])} to the prompt "
-            f"{shown_prompt(batch.prompts[row])}; a score must be a finite number"
+            f"reward {entry.name} gave {float(scores[row])} for the response {shown(batch.responses[row])} to the "
+            f"prompt {shown_prompt(batch.prompts[row])}; a score must be a finite number"
         )
     return scores

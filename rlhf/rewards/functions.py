@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -24,7 +25,7 @@ from rlhf.records import PromptContent, prompt_to_json
 from rlhf.rewards.protocol import RewardBatch, RewardError, shown
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-# Named so that a file given twice is one module, and so that no module of that name is hidden.
+# A name of our own, so that no module called like the file is hidden.
 _MODULE_PREFIX = "rlhf_reward_file_"
 
 
@@ -71,7 +72,7 @@ class FunctionScorer:
             )
         available: dict[str, Any] = {name: list(values) for name, values in batch.columns.items()}
         available |= self.arguments
-        available["prompts"] = [_plain_prompt(prompt) for prompt in batch.prompts]
+        available["prompts"] = [prompt_to_json(prompt) for prompt in batch.prompts]
         available["completions"] = [_plain_response(p, r) for p, r in zip(batch.prompts, batch.responses, strict=True)]
         available["completion_ids"] = batch.response_tokens()
         try:
@@ -97,7 +98,8 @@ class FunctionScorer:
 
     def _failure(self, error: Exception) -> str:
         """The exception, and the last line of the function's own file that led to it."""
-        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        function = inspect.unwrap(self.function)
+        code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
         frames = traceback.extract_tb(error.__traceback__)[1:]
         own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
         place = (own or frames)[-1] if frames else None
@@ -123,8 +125,8 @@ class FunctionScorer:
     def _number(self, value: Any, response: str) -> float:
         if value is None:
             return math.nan
-        if isinstance(value, Tensor) or type(value).__module__ == "numpy":
-            value = value.item() if value.size in (1, torch.Size([]), torch.Size([1])) or value.ndim == 0 else value
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
         if not isinstance(value, numbers.Real):
             raise RewardError(
                 f"reward {self.name}: the function returned {_described(value)} for the response {shown(response)}; "
@@ -146,7 +148,7 @@ def load_function(config: FunctionReward, name: str) -> FunctionScorer:
     """
     key = f"ppo.rewards.{name}"
     path = Path(os.path.expanduser(config.file)).resolve()
-    module_name = f"{_MODULE_PREFIX}{abs(hash(str(path))):x}"
+    module_name = _MODULE_PREFIX + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     specification = importlib.util.spec_from_file_location(module_name, path)
     if specification is None or specification.loader is None:
         raise ConfigError(f"{key}.file={config.file}: expected a Python file, whose name ends in .py")
@@ -169,10 +171,6 @@ def load_function(config: FunctionReward, name: str) -> FunctionScorer:
 
 async def _awaited(result: Any) -> Any:
     return await result
-
-
-def _plain_prompt(prompt: PromptContent) -> Any:
-    return prompt_to_json(prompt)
 
 
 def _plain_response(prompt: PromptContent, response: str) -> Any:

@@ -62,7 +62,7 @@ class RegexRule:
 
 @dataclass(frozen=True)
 class KeywordRule:
-    """The share of the words that are in the response with no letter or digit beside them; or whether any or all are."""
+    """The share of the words that are in the response with no letter beside them, or whether any or all are."""
 
     config: KeywordReward
     may_abstain: ClassVar[bool] = False

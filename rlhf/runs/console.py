@@ -36,6 +36,7 @@ KEY_METRICS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     ),
     "collect": (("comparisons", ("collect/comparisons",)), ("gold score", ("collect/gold_score_mean",))),
     "evaluate": (("responses", ("evaluate/policy_responses",)), ("win rate", ("evaluate/win_rate",))),
+    "closed_form": (("gap", ("closed_form/gap",)),),
 }
 # The result a stage's row of the summary shows; a stage that is not here shows its first numbers.
 KEY_RESULTS: dict[str, tuple[str, ...]] = {
@@ -203,6 +204,8 @@ def summary_table(run: RunFolder) -> RenderableType:
         stages.add_row(Text(row.name), status, results.format_seconds(row.seconds), Text(_key_results(row)))
         if row.name == "evaluate" and row.summary:
             parts.append(_evaluation_table(row.summary))
+        if row.name == "closed_form" and row.summary:
+            parts.append(_gap_table(row.summary))
     if run.report.is_file():
         parts.append(Text(f"Report: {run.report.resolve()}", no_wrap=True, overflow="ignore"))
     return Group(*parts)
@@ -219,6 +222,24 @@ def _evaluation_table(summary: Mapping[str, Any]) -> RenderableType:
     for row in results.comparisons(summary):
         before = "" if row.before is None else results.format_estimate(row.before)
         table.add_row(Text(results.label(row.name)), Text(before), Text(results.format_estimate(row.after)))
+    return table
+
+
+def _gap_table(summary: Mapping[str, Any]) -> RenderableType:
+    """The gaps of stage closed_form, an algorithm a row."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = results.gap_rows(summary)
+    betas = list(dict.fromkeys(row.beta for row in rows))
+    table = Table(box=box.SIMPLE, title="Gap to the exact optimum", title_justify="left", title_style="bold")
+    table.add_column("algorithm", no_wrap=True)
+    for beta in betas:
+        table.add_column(f"beta {beta:g}", justify="right", no_wrap=True)
+    for algorithm in dict.fromkeys(row.algorithm for row in rows):
+        gaps = {row.beta: row.gap for row in rows if row.algorithm == algorithm}
+        table.add_row(Text(algorithm), *(Text(f"{gaps[beta]:.4f}" if beta in gaps else "") for beta in betas))
     return table
 
 

@@ -111,8 +111,57 @@ def evaluation_table(rows: Sequence[Comparison], confidence: float | None) -> st
     )
 
 
+def gap_table(rows: Sequence[results.GapRow]) -> str:
+    """The study `closed_form`: gap, objective, reward and KL of each training beside those of the optimum."""
+    if not rows:
+        return ""
+    lines = []
+    for row in rows:
+        pairs = "".join(
+            f"<td class='n'>{results.format_number(own)}<span class='range'>{results.format_number(best)}</span></td>"
+            for own, best in (row.numbers[name] for name in results.GAP_NUMBERS)
+        )
+        lines.append(
+            f"<tr><td>{escape(row.algorithm.upper())}</td><td class='n'>{row.beta:g}</td>"
+            f"<td class='n'>{row.gap:.4f}</td>{pairs}</tr>"
+        )
+    heads = "".join(f'<th class="n">{name}<br>optimum</th>' for name in ("Objective", "Expected reward", "KL, nats"))
+    return (
+        "<h3>Distance from the exact optimum</h3>"
+        '<p class="dim">Gap: (J* \N{MINUS SIGN} J) / (J* \N{MINUS SIGN} J of the reference), by enumeration.</p>'
+        '<div class="tablebox"><table><thead><tr><th>Algorithm</th><th class="n">\N{GREEK SMALL LETTER BETA}</th>'
+        f'<th class="n">Gap</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
+
+
+def _gap_curves(entries: Sequence[Mapping[str, Any]]) -> str:
+    """One chart an algorithm with a line for each beta, over the responses used."""
+    lines: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    for entry in entries:
+        used = results.estimate(entry.get("closed_form/responses"))
+        for name, value in entry.items():
+            if used is None or not name.startswith("closed_form/gap/"):
+                continue
+            algorithm, _, beta = name.removeprefix("closed_form/gap/").partition("/")
+            gap = results.estimate(value)
+            points = lines.setdefault(algorithm, {}).setdefault(beta, [])
+            points.append((used.value, None if gap is None else gap.value))
+    figures = [
+        line_chart(
+            f"{algorithm.upper()}: gap to the optimum",
+            [Series(f"\N{GREEK SMALL LETTER BETA} {beta}", points) for beta, points in of_beta.items()],
+            x_label="sampled responses",
+            y_label="gap",
+        )
+        for algorithm, of_beta in lines.items()
+    ]
+    return f'<h3>{results.label("closed_form")}</h3><div class="figures">{"".join(figures)}</div>' if figures else ""
+
+
 def curves(stage: str, entries: Sequence[Mapping[str, Any]]) -> str:
     """The stage's charts; numbers that have none of their own are in a fold. Empty when nothing was logged."""
+    if stage == "closed_form":
+        return _gap_curves(entries)
     counts = Counter(name for entry in entries for name in entry)
     # What is measured once or twice is a result, shown elsewhere, unless a chart is meant for it.
     charted = {name for chart in CHARTS.get(stage, ()) for _, name in chart.lines}
@@ -238,9 +287,11 @@ def _score(score: Estimate | None) -> str:
 
 
 def stage_table(rows: Iterable[results.StageRow]) -> str:
-    """Status, time, memory and the first results of each stage."""
-    lines = []
+    """Status, time, memory and the first results of each stage; behind it the table of the study `closed_form`."""
+    lines, study = [], ""
     for row in rows:
+        if row.name == "closed_form":
+            study = gap_table(results.gap_rows(row.summary))
         found = [(name, results.estimate(value)) for name, value in row.summary.items()]
         numbers = [f"{escape(results.label(name))} {results.format_estimate(value)}" for name, value in found if value]
         lines.append(
@@ -254,7 +305,7 @@ def stage_table(rows: Iterable[results.StageRow]) -> str:
         return '<p class="empty card">No stage has run yet.</p>'
     return (
         '<div class="tablebox"><table><thead><tr><th>Stage</th><th>Status</th><th class="n">Time</th>'
-        f'<th class="n">Peak memory</th><th>Results</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        f'<th class="n">Peak memory</th><th>Results</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>{study}'
     )
 
 

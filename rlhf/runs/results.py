@@ -81,6 +81,36 @@ def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
     return rows
 
 
+@dataclass(frozen=True)
+class GapRow:
+    """One training of the study `closed_form`: where it ended, and where the optimum is."""
+
+    algorithm: str
+    beta: float
+    gap: float
+    numbers: Mapping[str, tuple[float, float]]  # objective, expected_reward, kl: of the policy and of the optimum
+
+
+GAP_NUMBERS = ("objective", "expected_reward", "kl")
+
+
+def gap_rows(summary: Mapping[str, Any]) -> list[GapRow]:
+    """The trainings in the summary of stage closed_form; entries that are not whole are left out."""
+    table = summary.get("table")
+    rows = []
+    for entry in table if isinstance(table, list) else []:
+        if not isinstance(entry, Mapping):
+            continue
+        beta, gap = _number(entry.get("beta")), _number(entry.get("gap"))
+        pairs = {name: (_number(entry.get(name)), _number(entry.get(f"optimal_{name}"))) for name in GAP_NUMBERS}
+        numbers = {
+            name: (own, best) for name, (own, best) in pairs.items() if own is not None and best is not None
+        }
+        if beta is not None and gap is not None and len(numbers) == len(GAP_NUMBERS):
+            rows.append(GapRow(str(entry.get("algorithm")), beta, gap, numbers))
+    return rows
+
+
 def stage_rows(run: RunFolder) -> list[StageRow]:
     """The run's stages in the manifest's order, then stage folders it does not know."""
     entries = read_manifest(run).get("stages", {})

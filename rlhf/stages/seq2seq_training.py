@@ -178,6 +178,9 @@ class ComparisonTrainer(EncoderDecoderTrainer):
     def __init__(self, *, model: PreTrainedModel, center_coefficient: float, **arguments: Any) -> None:
         self.center_coefficient = center_coefficient
         disable_dropout(model)
+        if not center_coefficient:
+            # A pair's difference does not depend on the last bias: its gradient would be rounding, blown up by Adam.
+            model.get_submodule("classification_head.out_proj").bias.requires_grad_(False)
         model.forward = MethodType(decoder_values, model)
         super().__init__(model=model, **arguments)
 

@@ -250,6 +250,16 @@ def _renamed(logs: Mapping[str, float], stage: str, step: int, schedule: Schedul
     return {**metrics, f"{stage}/epoch": step * schedule.batch_size / schedule.num_examples}
 
 
+def _tied(state: dict[str, Any] | None, model: PreTrainedModel) -> dict[str, Any] | None:
+    """`state` with one tensor for every weight that `model` has under several names: gathering copies each name's."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if state is not None and first in state and name in state:
+            state[name] = state[first]
+    return state
+
+
 @contextmanager
 def _silence() -> Iterator[None]:
     with warnings.catch_warnings(), quiet():
@@ -315,7 +325,7 @@ class Training:
         if not self.trainer.is_deepspeed_enabled:
             return None
         state = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
-        return cast("dict[str, Tensor] | None", state)
+        return cast("dict[str, Tensor] | None", _tied(state, self.trainer.model))
 
     @property
     def last_loss(self) -> float:

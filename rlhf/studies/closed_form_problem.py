@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from rlhf.config.closed_form import ClosedFormConfig
-from rlhf.evaluation.closed_form import Response, Standing, enumerate_responses, response_table, standing
+from rlhf.evaluation.closed_form import Response, Standing, enumerate_responses, optimum, response_table, standing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,22 +42,23 @@ class Problem:
     seed: int
     _rows: dict[str, int] = field(repr=False)
     _columns: dict[Response, int] = field(repr=False)
-    _texts: dict[str, int] = field(repr=False)
 
     def new_model(self) -> PreTrainedModel:
         """The model that every algorithm starts from and that is the reference of the KL; equal at each call."""
         return _new_model(self.config, self.seed)
 
-    def reward_of_ids(self, prompt: str, response: Sequence[int]) -> float:
-        """The reward of a response given as token ids, EOS included where it stopped. Raises `KeyError` for others."""
+    def reward_of(self, prompt: str, response: Sequence[int]) -> float:
+        """The reward of a response, EOS included where it stopped. Raises `KeyError` for what cannot be sampled."""
         return float(self.rewards[self._rows[prompt], self._columns[tuple(response)]])
 
-    def reward_of_text(self, prompt: str, text: str) -> float:
-        """The reward of a response given as text without EOS.
+    def score(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: object) -> list[float]:
+        """The reward as a function with TRL's signature, which every algorithm is given."""
+        return [self.reward_of(prompt, ids) for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
-        One that has fewer tokens than the longest stopped, one that has as many did not, so the text says all.
-        """
-        return float(self.rewards[self._rows[prompt], self._texts[" ".join(text.split())]])
+    def optimum(self, beta: float) -> Standing:
+        """Where the optimal policy stands."""
+        logprobs, _ = optimum(reference_logprobs=self.reference_logprobs, rewards=self.rewards, beta=beta)
+        return standing(logprobs=logprobs, reference_logprobs=self.reference_logprobs, rewards=self.rewards, beta=beta)
 
     def standing(self, policy: nn.Module, beta: float) -> Standing:
         """Where the policy stands, exactly."""
@@ -76,7 +77,6 @@ def make_problem(config: ClosedFormConfig, seed: int) -> Problem:
     generator = torch.Generator().manual_seed(seed * 1_000 + _REWARD_STREAM)
     # float32 numbers, so that a reward is the same number wherever it goes.
     rewards = config.reward_scale * torch.randn(len(ids), len(responses), generator=generator)
-    texts = [tokenizer.decode(list(response), skip_special_tokens=True) for response in responses]
     return Problem(
         prompts=prompts,
         prompt_ids=ids,
@@ -88,7 +88,6 @@ def make_problem(config: ClosedFormConfig, seed: int) -> Problem:
         seed=seed,
         _rows={prompt: row for row, prompt in enumerate(prompts)},
         _columns={response: column for column, response in enumerate(responses)},
-        _texts={text: column for column, text in enumerate(texts)},
     )
 
 

@@ -1,15 +1,15 @@
 """What the ranks of test_lora_stages.py run: adapters under every kind of sharding, in one process.
 
 Usage: `lora_worker FOLDER`, where the data, the comparisons, the base model and one process's runs lie already. The
-stages' run of case NAME lands in FOLDER/NAME, one that was killed on the way and resumed in FOLDER/NAME-killed, and what
-roles on one base became in FOLDER/roles-NAME.pt.
+stages' run of case NAME lands in FOLDER/NAME, one that was killed on the way and resumed in FOLDER/NAME-killed, and
+what roles on one base became in FOLDER/roles-NAME.pt.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from rlhf.distributed.engine import TrainingEngine
 from rlhf.distributed.runtime import Runtime
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scoring import response_logprobs
-from rlhf.models.shared_base import Role, SharedBase
+from rlhf.models.shared_base import TRAINED, Role, SharedBase
 from rlhf.stages import reward_model, sft, trl_adapter
 from rlhf.worker import leave
 from tests.adapter_example import LORA, fixed_batch
@@ -30,8 +30,9 @@ from tests.stage_example import make_context, tiny_config
 
 RESUMED = ("plain", "stage2", "stage3")
 NUM_PROMPT = 5
-# Under each: is gradient checkpointing on?
-ROLES = {"plain": False, "stage2": False, "stage3": False, "stage3-checkpointing": True}
+# The cases of roles: kind of sharding, then what else is special.
+ROLES = ("plain", "stage2", "stage3", "stage3-checkpointing")
+LOW_PRECISION = ("plain-bf16", "stage2-bf16", "stage3-bf16")
 
 
 def case_config(folder: Path, zero: dict[str, Any], num_processes: int, **sft_section: Any) -> RLHFConfig:
@@ -92,15 +93,25 @@ class PolicyAndValue(nn.Module):
         return errors[mask[:, NUM_PROMPT:]].sum()
 
 
-def train_roles(folder: Path, zero: ZeroConfig, num_processes: int, *, checkpointing: bool) -> dict[str, Any]:
+def train_roles(folder: Path, case: str, num_processes: int) -> dict[str, Any]:
     """Three optimiser steps of both roles; whole weights before and after on rank 0, and what the roles then give."""
-    config = DistributedConfig(num_processes=num_processes, device="cpu", timeout_seconds=60)
+    sharding, _, special = case.partition("-")
+    zero = ZeroConfig.model_validate(CASES[sharding])
+    precision: Literal["fp32", "bf16"] = "bf16" if special == "bf16" else "fp32"
+    config = DistributedConfig(num_processes=num_processes, device="cpu", precision=precision, timeout_seconds=60)
     runtime = Runtime.start(config, zero, seed=5)
     adapter, reward = str(folder / "base/stages/sft/model"), str(folder / "base/stages/reward_model/model")
     base = SharedBase.build(
-        policy=adapter, reference=adapter, reward_model=reward, value_model=None, lora=LORA, model_config=None, seed=1
+        policy=adapter,
+        reference=adapter,
+        reward_model=reward,
+        value_model=None,
+        lora=LORA,
+        model_config=None,
+        seed=1,
+        dtype=runtime.dtype,
     )
-    if checkpointing:
+    if special == "checkpointing":
         base.enable_gradient_checkpointing()
     module = PolicyAndValue(base)
     before = {name: value.clone() for name, value in base.state_dict().items()}
@@ -117,31 +128,43 @@ def train_roles(folder: Path, zero: ZeroConfig, num_processes: int, *, checkpoin
     )
     ids, mask = (part.repeat(2, 1)[:4] for part in fixed_batch())
     mine = slice(runtime.rank, None, runtime.world_size)
+    with torch.no_grad(), engine.gathered():
+        same = torch.equal(logits_of(base, "policy", ids, mask), logits_of(base, "reference", ids, mask))
     norms = []
     for _ in range(3):
         engine.module.train()
         engine.backward(engine.module(ids[mine], mask[mine]) / int(mask[:, NUM_PROMPT:].sum()))
         norms.append(engine.step())
         engine.module.eval()
-    roles: tuple[Role, ...] = ("policy", "reference")
-    outputs = {}
     with torch.no_grad(), engine.gathered():
-        for role in roles:
-            with base.role(role) as model:
-                outputs[role] = model(input_ids=ids, attention_mask=mask).logits
+        outputs = {"policy": logits_of(base, "policy", ids, mask)}
+        outputs["reference"] = logits_of(base, "reference", ids, mask)
         outputs["value"] = base.response_values("value", ids, mask, NUM_PROMPT)
         outputs["reward"] = base.scores("reward", ids, mask)
     weights = engine.state_dict_for_saving("base.")
     if runtime.is_main:
         tokenizer = load_tokenizer(reward)
-        for role, name in (("policy", "policy"), ("value", "value")):
-            target = folder / f"saved-{zero.stage}-{num_processes}-{checkpointing}" / name
-            base.save_role("policy" if role == "policy" else "value", target, tokenizer, weights)
+        for role in TRAINED:
+            base.save_role(role, folder / f"saved-{num_processes}-{case}" / role, tokenizer, weights)
     with engine.modified():
         base.copy_adapter("policy", "reference")
     refreshed = engine.state_dict_for_saving("base.")
     runtime.barrier()
-    return {"before": before, "weights": weights, "norms": norms, "outputs": outputs, "refreshed": refreshed}
+    return {
+        "same": same,
+        "before": before,
+        "weights": weights,
+        "norms": norms,
+        "outputs": outputs,
+        "refreshed": refreshed,
+    }
+
+
+def logits_of(base: SharedBase, role: Role, ids: Tensor, mask: Tensor) -> Tensor:
+    """What the role's language model says of the batch."""
+    with base.role(role) as model:
+        logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+    return logits
 
 
 def main(folder: Path) -> None:
@@ -154,9 +177,8 @@ def main(folder: Path) -> None:
     config = case_config(folder, CASES["stage3"], num_processes=2, gradient_checkpointing=True)
     runtime = Runtime.start(config.distributed, config.zero, config.seed)
     sft.run(make_context(config, folder / "stage3-checkpointing", "sft", inputs_of(folder, "sft"), runtime))
-    for name, checkpointing in ROLES.items():
-        zero = ZeroConfig.model_validate(CASES[name.partition("-")[0]])
-        result = train_roles(folder, zero, 2, checkpointing=checkpointing)
+    for name in ROLES + LOW_PRECISION:
+        result = train_roles(folder, name, 2)
         if result["weights"]:
             torch.save(result, folder / f"roles-{name}.pt")
 

@@ -48,7 +48,7 @@ def loss(module: nn.Module, rows: Tensor) -> Tensor:
         clip_high=9.0,
         weights=aggregation_weights(mask=mask, aggregation="sequence_mean", length=9),
     )
-    value, num_slots, _ = ppo_value_loss(
+    value, _, _ = ppo_value_loss(
         values=values.float() + wrong,
         old_values=torch.zeros_like(values.float()),
         returns=targets.float() + wrong,

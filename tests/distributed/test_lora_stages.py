@@ -13,14 +13,13 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from safetensors.torch import load_file
 
 import rlhf
-from rlhf.config.zero import ZeroConfig
 from rlhf.distributed.launch import launch
 from rlhf.models import ScalarModel, load_policy
 from rlhf.models.adapters import base_of
 from rlhf.models.scalar import sequence_scores
 from rlhf.stages import reward_model, sft
 from tests.adapter_example import fixed_batch
-from tests.distributed.lora_worker import NUM_PROMPT, RESUMED, ROLES, case_config, inputs_of, train_roles
+from tests.distributed.lora_worker import LOW_PRECISION, NUM_PROMPT, RESUMED, ROLES, case_config, inputs_of, train_roles
 from tests.distributed.trl_worker import CASES
 from tests.stage_example import make_context, metrics_of, tiny_config, write_comparisons, write_demonstrations
 
@@ -37,13 +36,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_demonstrations(folder / "data")
     write_comparisons(folder / "comparisons")
     context = make_context(tiny_config(folder), folder / "scratch", "sft")
-    Path(sft.run(context) and context.stage.model).rename(folder / "base_model")
+    sft.run(context)
+    context.stage.model.rename(folder / "base_model")
     config = case_config(folder, {}, num_processes=1)
     for run in ("base", "again"):
         sft.run(make_context(config, folder / run, "sft", inputs_of(folder, "sft")))
         reward_model.run(make_context(config, folder / run, "reward_model", inputs_of(folder, "reward_model")))
         torch.rand(3)  # the second time the global generator stands elsewhere
-    torch.save(train_roles(folder, ZeroConfig(), 1, checkpointing=False), folder / "roles-one.pt")
+    torch.save(train_roles(folder, "plain", 1), folder / "roles-one.pt")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "tests.distributed.lora_worker", str(folder)]
     result = launch(command, 2, env_extra={"PYTHONPATH": path}, num_threads=1, log_folder=folder)
@@ -150,10 +150,33 @@ def test_a_reference_is_refreshed_on_two_ranks(runs: Path, case: str) -> None:
         assert torch.equal(value, found["weights"][source]), name
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_row_42_roles_saved_from_two_ranks_load_with_their_numbers(runs: Path, stage: int) -> None:
-    case = {0: "plain", 2: "stage2", 3: "stage3"}[stage]
-    folder, outputs = runs / f"saved-{stage}-2-False", load_roles(runs, case)["outputs"]
+@pytest.mark.parametrize("case", ROLES + LOW_PRECISION)
+def test_row_24_the_reference_gives_the_policys_logits_before_the_first_step(runs: Path, case: str) -> None:
+    found = load_roles(runs, case)
+    assert found["same"] is True
+    assert not torch.equal(found["outputs"]["policy"], found["outputs"]["reference"])
+
+
+@pytest.mark.parametrize("case", LOW_PRECISION)
+def test_low_precision_stays_near_one_process(runs: Path, case: str) -> None:
+    expected, found = load_roles(runs, "one"), load_roles(runs, case)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=0.05)
+    kinds = {name: value.dtype for name, value in found["weights"].items()}
+    # Without DeepSpeed the frozen base alone is bfloat16.
+    low = {name for name, kind in kinds.items() if kind == torch.bfloat16}
+    own = {name for name in kinds if "lora_" in name or name.startswith("heads.")}
+    assert low == (set(kinds) - own if case.startswith("plain") else set(kinds))
+    changed = {
+        name
+        for name, value in found["weights"].items()
+        if not torch.equal(value, found["before"][name].to(value.dtype))
+    }
+    assert changed == {name for name in own if ".policy." in name or ".value." in name}
+
+
+@pytest.mark.parametrize("case", ["plain", "stage2", "stage3"])
+def test_row_42_roles_saved_from_two_ranks_load_with_their_numbers(runs: Path, case: str) -> None:
+    folder, outputs = runs / f"saved-2-{case}", load_roles(runs, case)["outputs"]
     ids, mask = (part.repeat(2, 1)[:4] for part in fixed_batch())
     with torch.no_grad():
         logits = load_policy(folder / "policy")(input_ids=ids, attention_mask=mask).logits

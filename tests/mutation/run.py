@@ -1,7 +1,7 @@
 """Breaks `rlhf/ops` and `make_ppo_batch` on purpose, one line at a time, and records which test notices.
 
-    python -m tests.mutation.run                      # everything; rewrites experiments/mutation/
-    python -m tests.mutation.run --only gae kl_loss   # some operations; writes nothing
+    python -m tests.mutation.run                      # everything; writes experiments/mutation/
+    python -m tests.mutation.run --only gae kl_loss   # some operations; the others keep their recorded result
 
 Each mutation is applied to a copy of the package in a temporary folder, where the module's own test files run until
 the first failure. A mutation that no test notices survives: the run then ends with 1, and a test is missing.
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import hypothesis
@@ -161,18 +161,40 @@ def run(modules: tuple[Module, ...], only: list[str]) -> Iterator[Outcome]:
                 yield Outcome(module.path, mutation, killed_by, time.monotonic() - started)
 
 
+def _table(modules: tuple[Module, ...]) -> Iterator[tuple[str, Mutation]]:
+    for module in modules:
+        for mutation in module.mutations:
+            yield module.path, mutation
+
+
 def write_record(outcomes: list[Outcome]) -> None:
-    """Writes `README.md` and `results.csv` of experiments/mutation."""
+    """Writes `README.md` and `results.csv` of experiments/mutation.
+
+    Mutations that did not run this time keep their recorded result, as long as they are in the table as they were.
+    """
     RECORD.mkdir(parents=True, exist_ok=True)
-    with (RECORD / "results.csv").open("w", newline="") as file:
+    path = RECORD / "results.csv"
+    known: dict[tuple[str, ...], str] = {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            known = {tuple(row[:-1]): row[-1] for row in list(csv.reader(file))[1:]}
+    for outcome in outcomes:
+        known[(outcome.module, *astuple(outcome.mutation))] = outcome.killed_by
+    recorded = [
+        (module, mutation, known[(module, *astuple(mutation))])
+        for module, mutation in _table(MODULES)
+        if (module, *astuple(mutation)) in known
+    ]
+    with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["module", "operation", "mutation", "old", "new", "killed_by"])
-        for outcome in outcomes:
-            mutation = outcome.mutation
-            row = [outcome.module, mutation.operation, mutation.what, mutation.old, mutation.new, outcome.killed_by]
-            writer.writerow(row)
-    killed = sum(outcome.killed_by != SURVIVED for outcome in outcomes)
-    operations = len({(outcome.module, outcome.mutation.operation) for outcome in outcomes})
+        writer.writerows([module, *astuple(mutation), killed_by] for module, mutation, killed_by in recorded)
+    _write_readme(recorded)
+
+
+def _write_readme(recorded: list[tuple[str, Mutation, str]]) -> None:
+    killed = sum(killed_by != SURVIVED for _, _, killed_by in recorded)
+    operations = len({(module, mutation.operation) for module, mutation, _ in recorded})
     lines = [
         "# Breaking the maths on purpose",
         "",
@@ -186,21 +208,20 @@ def write_record(outcomes: list[Outcome]) -> None:
         "applies each change of `tests/mutation/table.py` and `table_rest.py` to a copy of the package, runs the unit",
         "test files of that module until the first failure, and writes this table and `results.csv` (with the lines).",
         "",
-        f"**{killed} of {len(outcomes)} mutations of {operations} operations are noticed.**",
+        f"**{killed} of {len(recorded)} mutations of {operations} operations are noticed.**",
         "",
         "| operation | what is wrong | first failing test |",
         "|---|---|---|",
     ]
-    for outcome in outcomes:
-        name = f"{Path(outcome.module).stem}.{outcome.mutation.operation}"
-        lines.append(f"| `{name}` | {outcome.mutation.what} | `{outcome.killed_by}` |")
+    for module, mutation, killed_by in recorded:
+        lines.append(f"| `{Path(module).stem}.{mutation.operation}` | {mutation.what} | `{killed_by}` |")
     (RECORD / "README.md").write_text("\n".join(lines) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. 0 when every mutation was noticed, else 1."""
     parser = argparse.ArgumentParser(description="Breaks the maths on purpose and records which test notices.")
-    parser.add_argument("--only", nargs="+", default=[], metavar="OPERATION", help="these operations; writes nothing")
+    parser.add_argument("--only", nargs="+", default=[], metavar="OPERATION", help="these operations alone")
     options = parser.parse_args(arguments)
     # Compiled code goes by second and size: a mutation of equal length would not be seen.
     sys.dont_write_bytecode = True
@@ -211,8 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{outcome.seconds:5.1f}s {mutation.operation}: {mutation.what}: {outcome.killed_by}", flush=True)
     survivors = [outcome for outcome in outcomes if outcome.killed_by == SURVIVED]
     print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} mutations noticed")
-    if not options.only:
-        write_record(outcomes)
+    write_record(outcomes)
     return 1 if survivors else 0
 
 

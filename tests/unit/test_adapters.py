@@ -198,6 +198,38 @@ def test_every_setting_changes_the_adapter(folders: dict[str, str]) -> None:
         trained(target_modules=("q", "lm_head"))
 
 
+def test_row_39_a_pad_token_that_the_base_lacks_is_added_again_on_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base's vocabulary is full and pads with EOS; the reward model needs a pad token of its own."""
+    base = write_base(tmp_path / "base")
+    tokenizer: Any = load_tokenizer(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(base)
+    monkeypatch.setattr("rlhf.models.scalar.PAD_TOKENS", ("<added pad>",))
+    model, tokenizer = adapted(base, scores=True)
+    wrapped: Any = model
+    assert tokenizer.pad_token_id == 270 == len(wrapped.get_input_embeddings().weight) - 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    save_model(model, tokenizer, tmp_path / "reward")
+    assert not any("embed" in name for name in load_file(tmp_path / "reward/adapter_model.safetensors"))
+    again = ScalarModel.load(tmp_path / "reward")
+    assert again.model.config.pad_token_id == 270
+    ids, mask = fixed_batch()
+    with torch.no_grad():
+        # As training sees it, padded on the right.
+        rows = [ids[row][mask[row]] for row in range(len(ids))]
+        padded = torch.full((3, 9), 270)
+        for row, text in enumerate(rows):
+            padded[row, : len(text)] = text
+        logits = wrapped(input_ids=padded, attention_mask=padded != 270).logits[:, 0]
+        found = sequence_scores(again(padded, padded != 270), padded != 270)
+    assert float((found - logits).abs().max()) < 1e-5
+
+
 def test_scorers_and_writers_are_not_confused(folders: dict[str, str]) -> None:
     with pytest.raises(ArtifactError, match="scores text and cannot write it"):
         load_policy(folders["reward"])

@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "stages": _LIBRARY,
     "sweeps": _EVERYTHING,
     "trainer": _EVERYTHING,
+    "studies": _EVERYTHING,
     "pipeline": _EVERYTHING,
     "worker": _EVERYTHING,
     "supervisor": _EVERYTHING,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -40,11 +40,11 @@ def policy() -> PreTrainedModel:
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
+    return cast(PreTrainedModel, model.eval())
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,9 @@ def test_a_response_stops_by_its_own_tokens_alone_rows_19_and_20(
 
 
 def test_the_score_is_read_behind_the_last_turn_rows_21_38_39_and_43(scalar: ScalarModel) -> None:
-    """Rows 21, 38, 39, 43: with pad == EOS and several turns, a score is that of the sequence alone, wherever padding is.
+    """Rows 21, 38, 39, 43: with pad == EOS and several turns, a score is that of the sequence alone.
 
-    The first pad less one would be inside the prompt: an EOS stands there.
+    Wherever the padding sits. The first pad less one would be inside the prompt: an EOS stands there.
     """
     sequences = [[*TURNS, 8, 9, EOS], [*SHORT, 6], [*SHORT, 6, EOS, EOS]]
     alone = torch.cat([_scores(scalar, *right_pad([sequence], pad_id=PAD)) for sequence in sequences])

@@ -71,7 +71,8 @@ def test_a_dual_clip_that_is_not_above_one_is_refused(bound: float) -> None:
         )
 
 
-def test_weights_by_hand() -> None:
+def test_weights_by_hand_row_13() -> None:
+    """Row 13: a sequence's mean is over its own tokens, not over its padded width."""
     # Rows of 3, 1 and 0 tokens with losses 1, 2, 6 and 4; the longest allowed response has 4.
     mask = prefix_mask([3, 1, 0], 3)
     losses = torch.tensor([[1.0, 2.0, 6.0], [4.0, 99.0, 99.0], [99.0, 99.0, 99.0]])

@@ -23,6 +23,7 @@ from rlhf.models.scoring import (
     response_logprobs_and_entropy,
 )
 from rlhf.ops.kl import full_kl
+from rlhf.ops.logprobs import logprobs_and_entropy
 from tests.unit.ragged import backward
 from tests.unit.test_architectures import SIZES
 
@@ -122,6 +123,20 @@ def test_in_pieces_as_at_once(name: str, suppressed: Suppressed | None) -> None:
         whole = response_logprobs_and_entropy(model, **arguments)
         assert torch.equal(response_logprobs(model, **arguments, chunk_tokens=chunk_tokens), pieces[0])
     assert torch.equal(response_logprobs(model, **arguments), whole[0])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_at_once_is_the_models_own_logits_to_the_bit(name: str) -> None:
+    model, batch = make_model(name), ragged()
+    logits = response_logits(model, **batch)
+    assert logits.shape == (3, NUM_RESPONSE, VOCABULARY)
+    tokens = batch["input_ids"][:, NUM_PROMPT:]
+    expected = logprobs_and_entropy(logits=logits, tokens=tokens, temperature=0.7)
+    found = response_logprobs_and_entropy(model, **batch, temperature=0.7)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert torch.equal(response_logprobs(model, **batch, temperature=0.7), expected[0])
+    of_logits, of_function = gradients(model, *expected), gradients(model, *found)
+    assert all(torch.equal(of_function[key], value) for key, value in of_logits.items())
 
 
 @pytest.mark.parametrize("name", EVERY)

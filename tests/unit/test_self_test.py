@@ -44,8 +44,10 @@ def make_policy(architecture: Architecture = "llama", seed: int = 3) -> PreTrain
     head.weight = nn.Parameter(0.7 * torch.randn(head.weight.shape, generator=generator))
     if architecture == "gpt2":
         # Positions matter in a trained model.
-        model.get_submodule("transformer.wpe").weight.data *= 20.0
-    return model.eval()
+        positions: Any = model.get_submodule("transformer.wpe")
+        positions.weight.data *= 20.0
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,8 @@ def test_padding_and_later_rows_of_the_training_forward_do_not_matter(policy: Pr
 
 def test_row_9_active_dropout_is_named(policy: PreTrainedModel) -> None:
     model = make_policy()
-    for layer in model.get_submodule("model.layers"):
+    layers: Any = model.get_submodule("model.layers")
+    for layer in layers:
         layer.self_attn.attention_dropout = 0.2
     names = active_dropout(model)
     assert names == ("model.layers.0.self_attn", "model.layers.1.self_attn")

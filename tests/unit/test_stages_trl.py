@@ -200,3 +200,23 @@ def test_a_model_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     publish_model(context, model, tokenizer)
     assert (context.stage.model / "model.safetensors").read_bytes() != before
     assert not partial_folder(context, "model").exists()
+
+
+def test_an_sft_with_adapters_leaves_the_base_alone_and_feels_dropout(tmp_path: Path) -> None:
+    write_demonstrations(tmp_path / "data")
+    base = sft.base_model(_context(tmp_path))
+    before = {path.name: path.read_bytes() for path in Path(base).iterdir()}
+    weights = []
+    for number, dropout in enumerate((0.0, 0.5)):
+        config = tiny_config(
+            tmp_path,
+            peft={"type": "lora", "rank": 2, "dropout": dropout},
+            model={"path": base},
+            sft={"max_steps": 2, "log_every": 1},
+        )
+        context = make_context(config, tmp_path / f"run{number}", "sft", {"base": base})
+        sft.run(context)
+        weights.append((context.stage.model / "adapter_model.safetensors").read_bytes())
+        assert not (context.stage.model / "model.safetensors").exists()
+    assert weights[0] != weights[1]
+    assert {path.name: path.read_bytes() for path in Path(base).iterdir()} == before

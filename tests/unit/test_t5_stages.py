@@ -14,10 +14,12 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from rlhf.config import RLHFConfig
 from rlhf.config.model import ScratchConfig
-from rlhf.data.tokenization import EncodedPair
+from rlhf.data import load_demonstrations
+from rlhf.data.tokenization import EncodedPair, encode_pair
 from rlhf.errors import ConfigError
 from rlhf.models import ScalarModel, build_from_scratch, generate, load_policy, load_tokenizer, row_uniforms
 from rlhf.ops.sequences import left_pad
+from rlhf.records import Comparison, read_records
 from rlhf.stages import reward_model, sft, trl_adapter
 from rlhf.stages.seq2seq_training import (
     ComparisonCollator,
@@ -118,6 +120,7 @@ def test_row_11_accumulation_gives_what_one_batch_gives(tmp_path: Path) -> None:
     expected, found = load_file(base / "model.safetensors"), load_file(pieces / "model.safetensors")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3)
+    assert bool((expected["classification_head.out_proj.bias"] == 0).all()), "no pair says anything about it"
     lines = [metrics_of(tmp_path / run, "reward_model") for run in ("whole", "split")]
     for name in ("loss", "grad_norm", "accuracy", "margin", "score_mean"):
         assert lines[1][0][f"reward_model/{name}"] == pytest.approx(lines[0][0][f"reward_model/{name}"], rel=1e-4), name
@@ -132,8 +135,8 @@ def test_the_first_loss_is_the_token_mean_of_the_first_batch(tmp_path: Path) -> 
     tokenizer = load_tokenizer(context.stage.path / "initial")
     schedule = trl_adapter.plan_schedule(config.sft, name="sft", num_examples=40, world_size=1)
     order = trl_adapter.example_order(schedule, seed=config.seed, purpose="sft")
-    splits = sft.load_demonstrations(config.data).train
-    first = [sft.encode_pair(tokenizer, splits[place].prompt, splits[place].response) for place in order[:8]]
+    splits = load_demonstrations(config.data).train
+    first = [encode_pair(tokenizer, splits[place].prompt, splits[place].response) for place in order[:8]]
     assert len({len(pair.response_ids) for pair in first}) > 2
     loss, correct, count = sft.loss_and_correct(model, first, 0, torch.device("cpu")).tolist()
     line = metrics_of(tmp_path / "run", "sft")[0]
@@ -147,10 +150,7 @@ def test_row_44_a_model_that_learned_eight_examples_stops_and_writes_them(tmp_pa
     context = make_context(t5_config(tmp_path, sft=section), tmp_path / "run", "sft")
     sft.run(context)
     model, tokenizer = load_policy(context.stage.model), load_tokenizer(context.stage.model)
-    pairs = [
-        sft.encode_pair(tokenizer, row.prompt, row.response)
-        for row in sft.load_demonstrations(context.config.data).train
-    ]
+    pairs = [encode_pair(tokenizer, row.prompt, row.response) for row in load_demonstrations(context.config.data).train]
     ids, mask = left_pad([pair.prompt_ids for pair in pairs], pad_id=0)
     uniforms = row_uniforms(1, "test", 0, range(8), 0, 40)
     result = generate(
@@ -202,13 +202,23 @@ def test_stages_learn_and_publish_what_plain_transformers_loads(tmp_path: Path) 
     assert scores == pytest.approx(one_by_one, abs=1e-5)
 
 
-def test_the_center_coefficient_keeps_scores_near_zero(tmp_path: Path) -> None:
+def test_the_center_coefficient_charges_the_squared_sum_of_a_pairs_scores(tmp_path: Path) -> None:
     base = run_sft(tmp_path, "run", sft={"max_steps": 1})
-    sums = []
-    for name, coefficient in (("free", 0.0), ("centred", 10.0)):
-        run_reward(tmp_path, name, base, reward_model={"center_coefficient": coefficient, "max_steps": 20})
-        sums.append(abs(metrics_of(tmp_path / name, "reward_model")[-1]["reward_model/held_out_score_mean"]))
-    assert sums[1] < sums[0] / 2
+    losses = []
+    for name, coefficient in (("free", 0.0), ("centred", 0.3)):
+        section = {"center_coefficient": coefficient, "max_steps": 1, "log_every": 1}
+        run_reward(tmp_path, name, base, reward_model=section)
+        losses.append(metrics_of(tmp_path / name, "reward_model")[0]["reward_model/loss"])
+    config = t5_config(tmp_path)
+    schedule = trl_adapter.plan_schedule(config.reward_model, name="reward_model", num_examples=40, world_size=1)
+    order = trl_adapter.example_order(schedule, seed=config.seed, purpose="reward_model")[:8]
+    records = [read_records(tmp_path / "comparisons/train.jsonl", Comparison)[place] for place in order]
+    scalar, device = ScalarModel.from_policy(base, seed=config.seed), torch.device("cpu")
+    pairs = reward_model.encode_all(load_tokenizer(base), records)
+    chosen, rejected = (reward_model.score_sequences(scalar, [pair[side] for pair in pairs], device) for side in (0, 1))
+    expected = sum(0.3 * (first + second) ** 2 for first, second in zip(chosen, rejected, strict=True)) / 8
+    assert expected > 1e-3
+    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_dropout_is_off_while_a_reward_model_learns() -> None:

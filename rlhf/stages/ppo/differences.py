@@ -18,8 +18,8 @@ TEMPERATURE_CORRELATION = 0.35
 LINE_CORRELATION = 0.95
 # Differences on one side: at least this share of tokens there, and on the other side at most this share of those.
 ONE_SIDED_SHARE, OTHER_SIDE_SHARE = 0.05, 0.05
-# Leaving out tokens raises the others' log-probs by -log of the probability that is kept: 2 nats keep 14 %. Tokens of an
-# unrelated model are on one side as well, by more.
+# Leaving out tokens raises the others' log-probs by -log of the probability that is kept: 2 nats keep 14 %. Tokens of
+# an unrelated model are on one side as well, by more.
 LARGEST_NORMALISER_NATS = 2.0
 
 

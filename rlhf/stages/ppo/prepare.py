@@ -13,6 +13,7 @@ from rlhf.config.ppo import PPOConfig
 from rlhf.data import load_demonstrations
 from rlhf.data.tokenization import EncodedPair, encode_pair, fit_lengths
 from rlhf.errors import ConfigError, DataError
+from rlhf.models.adapters import backbone_of, is_adapter
 from rlhf.models.loading import disable_dropout, load_policy, load_tokenizer, place
 from rlhf.models.positions import check_positions
 from rlhf.models.sampling import Suppressed
@@ -107,7 +108,9 @@ def load_models(context: StageContext) -> PPOModels:
         base = _load_base(context)
         actor_critic: ActorCritic = AdapterActorCritic(base, shared_trunk=section.value_network == "shared_trunk")
         reference: Reference = ReferenceRole(base)
-        critic_tokenizer = _adapter_critic_tokenizer(context, tokenizer)
+        critic_tokenizer = tokenizer
+        if base.has_role("value") and "value_model" in inputs:
+            critic_tokenizer = load_tokenizer(inputs["value_model"], config.model, key="ppo.value_model")
     else:
         policy = load_policy(inputs["policy"], config.model, torch.float32, key="ppo.policy")
         reference = FrozenModel(_load_reference(context))
@@ -118,8 +121,25 @@ def load_models(context: StageContext) -> PPOModels:
             critic, critic_tokenizer = _load_critic(context, tokenizer)
             actor_critic = SeparateActorCritic(policy, critic)
     rewards = make_rewards(context, tokenizer, base)
-    same = inputs["policy"] == inputs["reference"]
-    return assemble(section, runtime, tokenizer, actor_critic, reference, rewards, critic_tokenizer, same_artifact=same)
+    return assemble(
+        section,
+        runtime,
+        tokenizer,
+        actor_critic,
+        reference,
+        rewards,
+        critic_tokenizer,
+        same_artifact=_expect_same_start(inputs["policy"], inputs["reference"]),
+        policy_has_adapter=is_adapter(inputs["policy"]),
+    )
+
+
+def _expect_same_start(policy: str, reference: str) -> bool:
+    """Whether the first KL must be 0: one artifact, or an adapter and the base below it.
+
+    Nobody means the latter: the KL would then pull the policy back behind its own SFT. The self-test says so.
+    """
+    return reference in (policy, backbone_of(policy, "ppo.policy"))
 
 
 def assemble(
@@ -132,8 +152,12 @@ def assemble(
     critic_tokenizer: PreTrainedTokenizerBase | None,
     *,
     same_artifact: bool,
+    policy_has_adapter: bool = False,
 ) -> PPOModels:
-    """The parts as one, with dropout off and the settings of sampling and scoring. `same_artifact`: see `Facts`."""
+    """The parts as one, with dropout off and the settings of sampling and scoring.
+
+    `same_artifact` and `policy_has_adapter` (also one that was merged on loading): see `Facts`.
+    """
     for part in actor_critic.modules():
         if isinstance(part, PreTrainedModel):
             disable_dropout(part)
@@ -142,13 +166,13 @@ def assemble(
         suppressed = Suppressed(stop_ids, section.min_response_tokens) if section.min_response_tokens else None
         if section.logprob_chunk_tokens is not None:
             check_chunked(policy)
-    adapters = isinstance(actor_critic, AdapterActorCritic)
+    base = actor_critic.base if isinstance(actor_critic, AdapterActorCritic) else None
     facts = Facts(
         same_artifact=same_artifact,
         precision=runtime.precision,
         temperature=section.temperature,
-        policy_has_adapter=adapters and actor_critic.base.policy_adapter_source is not None,
-        reference_kind=actor_critic.base.reference_kind if adapters else "own_model",
+        policy_has_adapter=policy_has_adapter or (base is not None and base.policy_adapter_source is not None),
+        reference_kind="own_model" if base is None else base.reference_kind,
         active_dropout=active_dropout(actor_critic),
         gradient_checkpointing=section.gradient_checkpointing,
         suppressed_slots=section.min_response_tokens,

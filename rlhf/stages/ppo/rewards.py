@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rlhf.models.shared_base import SharedBase
-from rlhf.rewards.composition import RewardSet, ScoreStatistics, WeightedReward
-from rlhf.rewards.learned import LearnedReward
+from rlhf.rewards.build import LoadedModel, build_rewards, folder_loader
+from rlhf.rewards.composition import RewardSet, ScoreStatistics
 from rlhf.rewards.protocol import RewardBatch
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RewardRole:
-    """The reward model as a role of the policy's base. It reads the sampled tokens, which are its own."""
+    """The reward model as a role of the policy's base: it reads the tokens as they were sampled."""
 
     base: SharedBase
     may_abstain: bool = False
@@ -32,25 +32,21 @@ class RewardRole:
         return self.base.scores("reward", batch.input_ids, batch.attention_mask)
 
 
-@dataclass(frozen=True)
-class _Simple:
-    learned: LearnedReward
-    may_abstain: bool = False
-
-    def score(self, batch: RewardBatch) -> Tensor:
-        return self.learned.score_tokens(batch.input_ids, batch.attention_mask, batch.num_prompt)
-
-
 def make_rewards(context: StageContext, tokenizer: PreTrainedTokenizerBase, base: SharedBase | None) -> RewardSet:
-    """The rewards by name."""
-    learned = LearnedReward.load(
-        context.inputs["reward_model"],
-        context.config.model,
-        dtype=context.runtime.dtype,
-        device=context.runtime.device,
-        policy_tokenizer=tokenizer,
+    """The rewards by name; `base` is the one of the policy's adapters, which may carry the run's reward model too."""
+    config, runtime = context.config, context.runtime
+    run_model = context.inputs.get("reward_model")
+    load_folder = folder_loader(
+        run_model, config.model, dtype=runtime.dtype, device=runtime.device, policy_tokenizer=tokenizer
     )
-    normalize = context.config.ppo.score_normalization == "reward_model"
-    stats = learned.statistics
-    statistics = ScoreStatistics(stats.mean, stats.std) if normalize and stats is not None else None
-    return RewardSet((WeightedReward("reward_model", _Simple(learned), 1.0, statistics),))
+
+    def load(path: str | None, key: str) -> LoadedModel:
+        if path is None and run_model is not None and base is not None and base.has_role("reward"):
+            return LoadedModel(RewardRole(base), ScoreStatistics.read(run_model))
+        return load_folder(path, key)
+
+    return build_rewards(
+        config.ppo.rewards,
+        load_model=load,
+        use_statistics=config.ppo.score_normalization == "reward_model",
+    )
