@@ -6,7 +6,7 @@ PIP_ARGS ?=
 RLHF_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint install clean
+.PHONY: quickstart test test-slow mutation lint install clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test: $(VENV)/.installed-development
 
 test-slow: $(VENV)/.installed-development
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Breaks each operation of the maths on purpose and sees a test fail; rewrites experiments/mutation.
+mutation: $(VENV)/.installed-development
+	$(BIN)/python -m tests.mutation.run
 
 lint: $(VENV)/.installed-development
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """RLHF research framework: supervised warm start, preference collection, reward model, PPO, evaluation.
 
-`from rlhf import PPOTrainer, PPOConfig` is PPO for people who write Python; the names are loaded when they are asked for.
+`from rlhf import PPOTrainer, PPOConfig` is PPO for people who write Python; a name is loaded when it is asked for.
 """
 
 from __future__ import annotations

@@ -60,11 +60,11 @@ def write_folders(folder: Path) -> None:
     policy = add_adapter(load_policy(base), base, LoRAConfig(), task=TaskType.CAUSAL_LM, seed=1, key="base")
     save_model(policy, tokenizer, Path(sft))
     scalar = ScalarModel.from_policy(base, seed=1)
-    tokenizer = ensure_distinct_pad(load_tokenizer(base), scalar.model)
+    padded = ensure_distinct_pad(load_tokenizer(base), scalar.model)
     scorer = add_adapter(scalar.model, sft, LoRAConfig(), task=TaskType.SEQ_CLS, seed=1, key="sft")
-    save_model(scorer, tokenizer, Path(reward))
+    save_model(scorer, padded, Path(reward))
     save_model(load_policy(sft), tokenizer, folder / "sft_whole")
-    save_model(ScalarModel.load(reward).model, tokenizer, folder / "reward_whole")
+    save_model(ScalarModel.load(reward).model, padded, folder / "reward_whole")
 
 
 class Roles:
@@ -166,7 +166,7 @@ def run_layout(layout: str, folder: Path) -> dict[str, float]:
     value_loss, _, _ = ppo_value_loss(
         values=roles.values("value", ids, mask)[:, :-1], old_values=old_values, returns=returns, mask=real, clip=0.2
     )
-    ((policy_loss + 0.1 * value_loss) / count).backward()
+    ((policy_loss + 0.1 * value_loss) / count).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return {
         "libraries_mib": before / MEBIBYTE,

@@ -58,8 +58,12 @@ def validate(draft: Draft, findings: Findings) -> RLHFConfig:
             if any(not _key_path(detail) for detail in details):
                 # The sections do not fit each other: there is nothing left to replace.
                 break
+            before = draft.copy()
             for detail in details:
                 _stand_in(detail, draft, stand_ins)
+            if draft == before:
+                # Nothing more can be replaced, so the rest cannot be judged.
+                break
     if problems or config is None:
         raise config_error(problems)
     return config
@@ -174,14 +178,16 @@ def _variant(path: schema.Path, draft: Draft) -> str | None:
 
 
 def _key_path(detail: ErrorDetails) -> schema.Path:
-    """The key of an error: pydantic's location without the tag of a union and without positions inside a value."""
+    """The key of an error: pydantic's location without the tag of a union and without what lies inside a value."""
     path: list[str] = []
     after_union = False
     for part in detail["loc"]:
         if after_union and part in schema.variants_of(tuple(path)):
             after_union = False
             continue
-        if not isinstance(part, str) or part == "[key]":
+        entry = schema.find(tuple(path)) if path else None
+        inside_value = entry is not None and not entry.is_section and not entry.type.is_mapping
+        if not isinstance(part, str) or part == "[key]" or inside_value:
             break
         path.append(part)
         after_union = bool(schema.variants_of(tuple(path)))

@@ -112,6 +112,11 @@ def head_statistics(
         shapes = f"{tuple(hidden.shape)} and {tuple(tokens.shape)}"
         raise ValueError(f"hidden (B, R, H) and tokens (B, R) must agree, but came as {shapes}")
     head = output_head(model)
+    if chunk_tokens is not None and _is_sharded_in_parts(head):
+        raise ConfigError(
+            f"{KEY} under zero.stage=3 needs an output head without adapters of its own, whose weights the ranks would "
+            f"gather unequally often. Leave the head out of the adapter, choose another zero.stage, or set {KEY}=null."
+        )
     own_forward = head.forward
 
     def piece(inputs: Tensor, targets: Tensor, slots: Tensor | None, memo: Memo | None) -> tuple[Tensor, ...]:
@@ -140,6 +145,12 @@ def head_statistics(
 
     with replaced_forward(head, pieces):
         return cast(tuple[Tensor, ...], head(hidden))
+
+
+def _is_sharded_in_parts(head: nn.Module) -> bool:
+    """Whether ZeRO-3 holds weights of the head in modules within it, each of which every piece would call."""
+    within = any(True for _ in head.children())
+    return within and any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
 def _in_pieces(tensor: Tensor, num_tokens: int) -> Sequence[Tensor]:

@@ -102,6 +102,10 @@ def build_from_scratch(
         torch.manual_seed(seed)
         factory: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         model = factory.from_config(model_config, dtype=torch.float32)
+    if encoder_decoder:
+        # transformers' deviation of 1 would give logits of deviation sqrt(d), which AdamW takes long to bring down.
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(config.hidden_size**-0.5)
     model.generation_config = GenerationConfig(do_sample=True, **special)
     return model.eval(), tokenizer
 
@@ -122,7 +126,8 @@ def _architecture_fields(config: ScratchConfig) -> dict[str, Any]:
     # The gated MLP has three matrices: 8/3 of the width gives the parameters of a plain one, rounded up to 16.
     gated_size = -(-8 * config.hidden_size // 3 // 16) * 16
     if config.architecture == "t5":
-        # The gated GELU of version 1.1; one embedding matrix for input and output, as version 1.0 has it.
+        # Version 1.1: gated GELU, logits that are not scaled, which transformers reads off the last field. The matrix
+        # stays the embedding's all the same.
         return {
             "d_model": config.hidden_size,
             "d_kv": head_size,
@@ -132,6 +137,7 @@ def _architecture_fields(config: ScratchConfig) -> dict[str, Any]:
             "num_heads": config.num_heads,
             "feed_forward_proj": "gated-gelu",
             "dropout_rate": 0.0,
+            "tie_word_embeddings": False,
         }
     fields: dict[str, Any] = {
         "hidden_size": config.hidden_size,

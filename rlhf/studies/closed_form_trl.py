@@ -64,33 +64,35 @@ def dpo_steps(section: DPOBaseline, num_responses: int) -> int:
 def train_rloo(problem: Problem, recorder: Recorder, folder: Path) -> None:
     """RLOO from the problem's model. `folder` holds the reference, which the trainer loads, and is its scratch."""
     section = problem.config.rloo
-    arguments = RLOOConfig(**_online_arguments(problem, recorder, section, folder))
+    with _silence():
+        arguments = RLOOConfig(**_online_arguments(problem, recorder, section, folder))
     _train_online(RLOOTrainer, problem, recorder, section, arguments, folder)
 
 
 def train_grpo(problem: Problem, recorder: Recorder, folder: Path) -> None:
     """As `train_rloo`, by GRPO."""
     section = problem.config.grpo
-    arguments = GRPOConfig(
-        **_online_arguments(problem, recorder, section, folder), scale_rewards=section.scale_rewards
-    )
+    with _silence():
+        arguments = GRPOConfig(
+            **_online_arguments(problem, recorder, section, folder), scale_rewards=section.scale_rewards
+        )
     _train_online(GRPOTrainer, problem, recorder, section, arguments, folder)
 
 
 def train_dpo(problem: Problem, recorder: Recorder, folder: Path) -> None:
     """DPO from the problem's model on `preference_pairs`."""
     section = problem.config.dpo
-    arguments = DPOConfig(
-        **_arguments(problem, recorder, section.learning_rate, folder),
-        per_device_train_batch_size=section.batch_size,
-        beta=recorder.beta,
-        max_length=None,
-    )
     rows = preference_pairs(problem)
     # The trainer's own preparation appends EOS to every response, also to one that was cut at its longest. It is shown
     # a pair to prepare and then given the ids.
     shown = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     with _silence():
+        arguments = DPOConfig(
+            **_arguments(problem, recorder, section.learning_rate, folder),
+            per_device_train_batch_size=section.batch_size,
+            beta=recorder.beta,
+            max_length=None,
+        )
         trainer = DPOTrainer(
             model=_load(folder),
             ref_model=_load(folder),

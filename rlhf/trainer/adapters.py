@@ -14,12 +14,12 @@ from rlhf.config.peft import LoRAConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.errors import ConfigError
 from rlhf.models.adapters import inject_adapter, is_adapter, is_of_adapter, new_settings
-from rlhf.models.loading import disable_dropout
+from rlhf.models.loading import disable_dropout, load_tokenizer
 from rlhf.models.shared_base import Role, SharedBase
 from rlhf.trainer.models import ModelArguments, language_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rlhf.distributed.runtime import Runtime
 
@@ -81,6 +81,17 @@ def shared_base(args: PPOConfig, models: ModelArguments, lora: LoRAConfig, runti
     return base
 
 
+def adapter_critic_tokenizer(
+    args: PPOConfig, models: ModelArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that a critic on the base is saved with: that of the adapter it starts as, else the policy's."""
+    source: object = models.value_model
+    if source is None and args.value_init == "reward_model":
+        source = models.reward_model
+    on_base = isinstance(source, str | Path) and is_adapter(source) and isinstance(models.model, str | Path)
+    return load_tokenizer(str(source), key="value_model") if on_base else tokenizer
+
+
 def _from_folders(args: PPOConfig, models: ModelArguments, lora: LoRAConfig, runtime: Runtime, seed: int) -> SharedBase:
     for name, source in (("ref_model", models.ref_model), ("value_model", models.value_model)):
         if source is not None and not isinstance(source, str | Path):
@@ -117,8 +128,8 @@ def _from_instance(
     path = model.name_or_path
     if not path:
         raise ConfigError(
-            "with peft_config the adapter that is saved names its base, and model was not loaded from anywhere. Save it "
-            "(with its tokenizer) and pass the folder"
+            "with peft_config the adapter that is saved names its base, and model was not loaded from anywhere. Save "
+            "it (with its tokenizer) and pass the folder"
         )
     disable_dropout(model)
     wanted = new_settings(lora, model, base=path, task=TaskType.CAUSAL_LM)

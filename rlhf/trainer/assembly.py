@@ -21,7 +21,7 @@ from rlhf.rewards.learned import LearnedReward
 from rlhf.stages.ppo.models import ActorCritic, AdapterActorCritic, FrozenModel, PPOModels, Reference, ReferenceRole
 from rlhf.stages.ppo.prepare import assemble
 from rlhf.stages.ppo.rewards import RewardRole
-from rlhf.trainer.adapters import shared_base
+from rlhf.trainer.adapters import adapter_critic_tokenizer, shared_base
 from rlhf.trainer.inputs import TokenizerSource, tokenizer_of
 from rlhf.trainer.models import (
     ModelArguments,
@@ -68,7 +68,8 @@ def load_models(
         base = shared_base(args, given, setting.lora, runtime, setting.seed)
         tokenizer = _tokenizer(processing_class, given, base.model)
         actor_critic = AdapterActorCritic(base, shared_trunk=args.value_network == "shared_trunk")
-        reference, critic_tokenizer = ReferenceRole(base), tokenizer
+        reference = ReferenceRole(base)
+        critic_tokenizer = adapter_critic_tokenizer(args, given, tokenizer)
     else:
         policy = language_model(given.model, "model", torch.float32)
         tokenizer = _tokenizer(processing_class, given, policy)

@@ -68,7 +68,7 @@ def check_arguments(args: PPOConfig, models: ModelArguments) -> None:
         )
 
 
-def language_model(source: ModelSource, name: str, dtype: torch.dtype) -> PreTrainedModel:
+def language_model(source: object, name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The language model that argument `name` gives, in `dtype`: an instance itself, a folder's or hub id's loaded.
 
     Raises `ConfigError` for what is no language model with whole weights of its own; errors as of `load_policy`.
@@ -93,11 +93,11 @@ def language_model(source: ModelSource, name: str, dtype: torch.dtype) -> PreTra
     return _adopt(source, dtype)
 
 
-def scalar_model(source: ScalarSource, name: str, dtype: torch.dtype) -> ScalarModel:
+def scalar_model(source: object, name: str, dtype: torch.dtype) -> ScalarModel:
     """The sequence classifier with one label that argument `name` gives. Errors as of `ScalarModel.load`."""
     if isinstance(source, str | Path):
         return ScalarModel.load(source, None, dtype, key=name)
-    model = _inner(source)
+    model = source.model if isinstance(source, ScalarModel) else source
     if not isinstance(model, PreTrainedModel):
         kind = (
             "; pass a Python function as reward_funcs" if callable(source) and not isinstance(source, nn.Module) else ""
@@ -159,8 +159,8 @@ def load_reference(
         sizes = [int(part.config.get_text_config().vocab_size) for part in (policy, reference)]
         if sizes[0] != sizes[1]:
             raise ConfigError(
-                f"ref_model writes {sizes[1]} tokens and the policy {sizes[0]}: there is no KL between them. Give both the "
-                "same tokenizer and size of vocabulary"
+                f"ref_model writes {sizes[1]} tokens and the policy {sizes[0]}: there is no KL between them. Give both "
+                "the same tokenizer and size of vocabulary"
             )
     disable_dropout(reference)
     return FrozenModel(place(reference, runtime.device))
@@ -178,7 +178,8 @@ def load_reward_model(
     disable_dropout(scalar)
     own = scalar_tokenizer(models, source, "reward_model", tokenizer)
     check_vocabulary(scalar.model, own, "reward_processing_class")
-    statistics = ScoreStatistics.read(str(source) if isinstance(source, str | Path) else scalar.model.name_or_path)
+    folder = str(source) if isinstance(source, str | Path) else scalar.model.name_or_path
+    statistics = ScoreStatistics.read(folder) if folder else None
     scalar.to(runtime.device).eval()
     learned = LearnedReward(scalar, own, statistics, runtime.device, same_token_ids(tokenizer, own))
     return LoadedModel(learned, statistics)

@@ -104,7 +104,7 @@ class Output:
             raise ConfigError(trouble)
 
     def start(self, settings: Mapping[str, Any]) -> None:
-        """Notes what this training is, for `begin` of a later attempt, and removes what a killed one left half-written."""
+        """Notes what this training is, for a later `begin`, and removes what a killed attempt left half-written."""
         if self.folder is not None and self.runtime.is_main:
             checkpoints = self.folder / "checkpoints"
             clean_partial(checkpoints)

@@ -37,7 +37,7 @@ def named_functions(functions: RewardFunctions | None) -> list[NamedFunction]:
     if isinstance(functions, Mapping):
         pairs = list(functions.items())
     else:
-        several = [functions] if callable(functions) else functions
+        several: object = [functions] if callable(functions) else functions
         if isinstance(several, str) or not isinstance(several, Sequence):
             raise ConfigError(
                 f"reward_funcs must be a function, or several in a list or dictionary, not {type(functions).__name__}"

@@ -160,7 +160,7 @@ def test_row_24_the_reference_gives_the_policys_logits_before_the_first_step(run
 @pytest.mark.parametrize("case", LOW_PRECISION)
 def test_low_precision_stays_near_one_process(runs: Path, case: str) -> None:
     expected, found = load_roles(runs, "one"), load_roles(runs, case)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=0.05)
+    assert found["norms"][0] == pytest.approx(expected["norms"][0], rel=0.05)  # later ones are of other weights
     kinds = {name: value.dtype for name, value in found["weights"].items()}
     # Without DeepSpeed the frozen base alone is bfloat16.
     low = {name for name, kind in kinds.items() if kind == torch.bfloat16}

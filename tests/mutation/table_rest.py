@@ -141,7 +141,7 @@ ADVANTAGES = Module(
 
 LOGPROBS = Module(
     "rlhf/ops/logprobs.py",
-    ("test_ops_logprobs",),
+    ("test_ops_logprobs", "test_ops_memo"),
     (
         M(
             "token_logprobs",
@@ -152,8 +152,8 @@ LOGPROBS = Module(
         M(
             "token_logprobs",
             "gradient without the temperature",
-            "torch.where(used.unsqueeze(-1), total / ctx.temperature, 0.0)",
-            "torch.where(used.unsqueeze(-1), total, 0.0)",
+            "result[block] = total.div_(ctx.temperature).masked_fill_(",
+            "result[block] = total.masked_fill_(",
         ),
         M(
             "row_blocks",
@@ -171,15 +171,26 @@ LOGPROBS = Module(
         M(
             "logprobs_and_entropy",
             "slope of the entropy without its value",
-            "slope = torch.special.entr(probabilities) - probabilities * entropies[block].unsqueeze(-1)",
-            "slope = torch.special.entr(probabilities)",
+            "total.sub_(probabilities * entropies[block].unsqueeze(-1)).mul_(gradient)",
+            "total.mul_(gradient)",
         ),
-        M("token_logprobs", "gradient without the softmax", "total -= probabilities * gradient", "total -= 0.0"),
+        M(
+            "token_logprobs",
+            "gradient without the softmax",
+            "weighted = probabilities.mul_(gradient)",
+            "weighted = probabilities.mul_(0.0)",
+        ),
+        M(
+            "Memo",
+            "the gradient written over logits that others hold",
+            "ctx.overwrite = memo is not None and memo.found is not None",
+            "ctx.overwrite = memo is not None",
+        ),
         M(
             "entropy",
             "sign",
-            "entropies[block] = torch.special.entr(probabilities).sum(-1)",
-            "entropies[block] = -torch.special.entr(probabilities).sum(-1)",
+            "entropies[block] = torch.special.entr(",
+            "entropies[block] = -torch.special.entr(",
         ),
     ),
 )

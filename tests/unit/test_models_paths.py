@@ -69,7 +69,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     empty = write_folder(tmp_path / "empty")
     assert "no config.json" in message_of(empty, ArtifactError)
     adapter = write_folder(tmp_path / "adapter", "adapter_config.json", "adapter_model.safetensors")
-    assert "merge_and_unload" in message_of(adapter, ArtifactError)
+    assert "does not name the model that the adapter belongs to" in message_of(adapter, ArtifactError)
     bare = write_folder(tmp_path / "bare", "config.json", "tokenizer.json")
     assert "has no weights" in message_of(bare, ArtifactError)
     mute = write_folder(tmp_path / "mute", "config.json", "model.safetensors", "tokenizer_config.json", "vocab.json")

@@ -157,3 +157,13 @@ def test_sparse_gradients_are_refused() -> None:
     weight.grad = torch.zeros(3).to_sparse()
     with pytest.raises(TypeError, match="sparse"):
         TensorFlowAdam([weight]).step()
+
+
+def test_every_group_has_its_own_rate() -> None:
+    parameters = [torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    optimizer = TensorFlowAdam([{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.01}])
+    for parameter in parameters:
+        parameter.grad = torch.full((1,), 2.0, dtype=torch.float64)
+    optimizer.step()
+    steps = [1.0 - parameter.item() for parameter in parameters]
+    assert steps[0] == pytest.approx(10 * steps[1])

@@ -181,7 +181,7 @@ def test_row_24_the_base_as_reference_of_an_adapter_stops_the_run(
     base = layouts["two_models"][0]["policy"]
     given = {**inputs, "reference": base}
     with pytest.raises(
-        SelfTestError, match="the reference is the base model .* but the policy carries the SFT adapter"
+        SelfTestError, match=r"the reference is the base model .* but the policy carries the SFT adapter"
     ):
         loop.run(ppo_context(_config({"peft": peft}), tmp_path / "stopped", given))
     loop.run(ppo_context(_config({"peft": peft}, self_test=False), tmp_path / "meant", given))
