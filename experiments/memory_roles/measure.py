@@ -13,7 +13,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,6 @@ def run_layout(layout: str, folder: Path) -> dict[str, float]:
     from rlhf.ops.losses import ppo_policy_loss, ppo_value_loss
 
     before = peak()
-    start = time.monotonic()
     roles = Roles(layout, folder)
     loaded = resident()
     generator = torch.Generator().manual_seed(1)
@@ -174,7 +172,6 @@ def run_layout(layout: str, folder: Path) -> dict[str, float]:
         "peak_mib": peak() / MEBIBYTE,
         "trained_parameters": sum(part.numel() for part in roles.parameters),
         "largest_kl": float((old - reference).abs().max()),
-        "seconds": time.monotonic() - start,
     }
 
 

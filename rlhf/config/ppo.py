@@ -100,7 +100,7 @@ class PPOConfig(Section):
 
     # Scores.
     rewards: Rewards = Field(
-        default_factory=dict, description="rewards by name, with a type and a weight; none: the reward model alone"
+        {}, description="rewards by name, with a type and a weight; none: the reward model alone"
     )
     score_normalization: Literal["reward_model", "running", "none"] = Field(
         "reward_model",
@@ -180,6 +180,11 @@ class PPOConfig(Section):
         if self.kl_target_nats_per_sequence is not None and self.kl_coefficient == 0:
             raise ValueError(
                 "kl_target_nats_per_sequence multiplies kl_coefficient, and 0 stays 0: start from 0.1, say"
+            )
+        if self.kl_target_nats_per_sequence is not None and self.batch_size >= 5 * self.kl_horizon_episodes:
+            raise ValueError(
+                f"kl_horizon_episodes ({self.kl_horizon_episodes}) must be more than a fifth of batch_size "
+                f"({self.batch_size}), or one update could turn the sign of kl_coefficient"
             )
         if self.critic_warmup_updates >= self.num_updates:
             raise ValueError(

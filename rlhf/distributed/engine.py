@@ -304,6 +304,12 @@ class TrainingEngine:
                 raise ArtifactError(f"DeepSpeed found no state in {folder}. Remove the folder and run again.")
         else:
             saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+            if not saved["optimizer"]["state"]:
+                # Loading it would go through, and training would go on as another one.
+                raise ArtifactError(
+                    f"the optimiser's state in {folder} is empty, so training cannot go on from there. Remove the "
+                    "folder and run again."
+                )
             self.unwrapped.load_state_dict(saved["module"])
             self.optimizer.load_state_dict(saved["optimizer"])
         rank_state = torch.load(folder / f"rank{self.runtime.rank}.pt", map_location="cpu", weights_only=True)

@@ -51,7 +51,7 @@ class ModelArguments:
 
 
 def check_arguments(args: PPOConfig, models: ModelArguments) -> None:
-    """Raises `ConfigError` for models that are named twice or that nothing would use."""
+    """Raises `ConfigError` for models that are named twice, of a wrong type, or that nothing would use."""
     for field, argument in (
         ("policy", "model"),
         ("reference", "ref_model"),
@@ -62,6 +62,8 @@ def check_arguments(args: PPOConfig, models: ModelArguments) -> None:
             raise ConfigError(
                 f"args.{field} is for the rlhf command; give the trainer {argument}={getattr(args, field)!r}"
             )
+    check_scalar_source(models.reward_model, "reward_model")
+    check_scalar_source(models.value_model, "value_model")
     if args.value_network == "shared_trunk" and models.value_model is not None:
         raise ConfigError(
             "args.value_network=shared_trunk puts the critic on the policy's trunk: leave value_model out"
@@ -93,19 +95,22 @@ def language_model(source: object, name: str, dtype: torch.dtype) -> PreTrainedM
     return _adopt(source, dtype)
 
 
-def scalar_model(source: object, name: str, dtype: torch.dtype) -> ScalarModel:
+def check_scalar_source(source: object, name: str) -> None:
+    """Raises `ConfigError` when argument `name` can be no reward or value model."""
+    if source is None or isinstance(source, str | Path | PreTrainedModel | ScalarModel):
+        return
+    function = callable(source) and not isinstance(source, nn.Module)
+    raise ConfigError(
+        f"{name} must be a sequence classifier of transformers with one label, or the folder or hub id of one, not "
+        f"{type(source).__name__}" + ("; pass a Python function as reward_funcs" if function else "")
+    )
+
+
+def scalar_model(source: ScalarSource, name: str, dtype: torch.dtype) -> ScalarModel:
     """The sequence classifier with one label that argument `name` gives. Errors as of `ScalarModel.load`."""
     if isinstance(source, str | Path):
         return ScalarModel.load(source, None, dtype, key=name)
-    model = source.model if isinstance(source, ScalarModel) else source
-    if not isinstance(model, PreTrainedModel):
-        kind = (
-            "; pass a Python function as reward_funcs" if callable(source) and not isinstance(source, nn.Module) else ""
-        )
-        raise ConfigError(
-            f"{name} must be a sequence classifier of transformers with one label, or the folder or hub id of one, "
-            f"not {type(source).__name__}{kind}"
-        )
+    model = _inner(source)
     _check_whole(model, name)
     if model.config.num_labels != 1:
         raise ArtifactError(

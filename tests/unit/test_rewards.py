@@ -1,18 +1,16 @@
-"""Rewards: each rule against numbers worked out by hand, functions with TRL's signature, and their weighted sum."""
+"""Rewards: each rule against numbers worked out by hand, their weighted sum, and the columns of the data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf.config.data import EmbeddedData, FileData
+from rlhf.config.data import FileData
 from rlhf.config.model import ModelConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.rewards import (
@@ -31,41 +29,16 @@ from rlhf.data.embedded import gold_reward
 from rlhf.data.tokenization import encode_pair
 from rlhf.errors import ConfigError
 from rlhf.models.loading import load_tokenizer
-from rlhf.records import Message, PromptContent
-from rlhf.rewards import checks
 from rlhf.rewards.build import LoadedModel, build_rewards, folder_loader
 from rlhf.rewards.composition import RewardSet, ScoreStatistics, WeightedReward, concatenate, part_means
-from rlhf.rewards.functions import FunctionScorer, load_function
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import RewardBatch, RewardError, columns_by_name
 from rlhf.rewards.rules import RuleConfig, make_rule, same_answer
 from rlhf.stages.sampling import decode_responses, load_encoded_prompts
 from tests.ppo_example import write_models
+from tests.reward_example import make_batch, write_rewards
 
 NAN = math.nan
-
-
-def make_batch(
-    responses: Sequence[str],
-    prompts: Sequence[PromptContent] | None = None,
-    columns: Mapping[str, Sequence[Any]] | None = None,
-    tokens: Sequence[Sequence[int]] | None = None,
-) -> RewardBatch:
-    """A batch with prompts of two columns; without `tokens` every response has one."""
-    tokens = [[7]] * len(responses) if tokens is None else tokens
-    width = max(len(row) for row in tokens)
-    ids = torch.tensor([[1, 2, *row, *[0] * (width - len(row))] for row in tokens])
-    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in tokens])
-    return RewardBatch(
-        prompts=["p"] * len(responses) if prompts is None else prompts,
-        responses=responses,
-        columns=columns or {},
-        input_ids=ids,
-        attention_mask=torch.cat([torch.ones(len(tokens), 2, dtype=torch.bool), mask], dim=1),
-        num_prompt=2,
-        response_mask=mask,
-        stopped=torch.ones(len(tokens), dtype=torch.bool),
-    )
 
 
 def scores(config: RuleConfig, batch: RewardBatch) -> list[float]:
@@ -151,120 +124,6 @@ def test_gold_is_the_corpus_own() -> None:
     assert scores(GoldReward(), make_batch([response], [prompt])) == [round(gold_reward(prompt, response), 6)]
 
 
-# --- functions --------------------------------------------------------------------------------------------------------
-
-
-def scored(function: Callable[..., Any], batch: RewardBatch, **arguments: Any) -> list[float]:
-    values: list[float] = FunctionScorer(function, "mine", arguments).score(batch).tolist()
-    return values
-
-
-def test_a_function_gets_what_its_signature_takes() -> None:
-    seen: dict[str, Any] = {}
-
-    def all_of_it(prompts: list[str], completions: list[str], **rest: Any) -> list[float]:
-        seen.update(rest, prompts=prompts, completions=completions)
-        return [float(len(text)) for text in completions]
-
-    batch = make_batch(["ab", "c"], ["p", "q"], {"answer": [4, None], "prompts": ["no", "no"]}, [[5, 6], [7]])
-    assert scored(all_of_it, batch, bonus=1) == [2.0, 1.0]
-    assert seen == {
-        "prompts": ["p", "q"],
-        "completions": ["ab", "c"],
-        "completion_ids": [[5, 6], [7]],
-        "answer": [4, None],
-        "bonus": 1,
-    }
-    assert scored(lambda completions: [len(text) for text in completions], batch) == [2.0, 1.0]
-    assert scored(lambda answer, bonus=0: [bonus, len(answer)], batch, bonus=3) == [3.0, 2.0]
-    with pytest.raises(
-        RewardError, match=r"asks for level, which is neither an input .* of the data \(answer, prompts\)"
-    ):
-        scored(lambda completions, level: [0, 0], batch)
-    with pytest.raises(RewardError, match="answer is both an argument of the function and a column"):
-        scored(all_of_it, batch, answer=1)
-
-
-def test_conversations_are_messages_as_trl_passes_them() -> None:
-    prompt = (Message("system", "s"), Message("user", "u"))
-
-    def check(prompts: list[Any], completions: list[Any]) -> list[float]:
-        assert prompts == [[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "plain"]
-        assert completions == [[{"role": "assistant", "content": " yes"}], " no"]
-        return [1.0, 2.0]
-
-    assert scored(check, make_batch([" yes", " no"], [prompt, "plain"])) == [1.0, 2.0]
-
-
-def test_none_is_nan_and_numbers_of_any_kind_are_numbers() -> None:
-    values = [None, True, 2, torch.tensor(3.5)]
-    result = scored(lambda completions: values, make_batch(["a"] * 4))
-    assert math.isnan(result[0])
-    assert result[1:] == [1.0, 2.0, 3.5]
-    assert scored(lambda completions: torch.tensor([1.0, 2.0]), make_batch(["a", "b"])) == [1.0, 2.0]
-
-    async def later(completions: list[str]) -> list[float]:
-        return [5.0]
-
-    assert scored(later, make_batch(["a"])) == [5.0]
-
-
-@pytest.mark.parametrize(
-    ("result", "message"),
-    [
-        ([1.0], "returned 1 numbers for 2 completions"),
-        (3.0, r"must return a list of 2 numbers.*it returned 3.0 \(float\)"),
-        (None, "it returned None"),
-        ([1.0, "x"], r"returned 'x' \(str\) for the response 'second'"),
-        ([1.0, NAN], "returned nan for the response 'second'; expected a finite number, or None"),
-        ([math.inf, 1.0], "returned inf for the response 'first'"),
-    ],
-)
-def test_what_a_function_returns_is_checked(result: Any, message: str) -> None:
-    with pytest.raises(RewardError, match=f"(?s)reward mine: .*{message}"):
-        scored(lambda completions: result, make_batch(["first", "second"]))
-
-
-SOURCE = """
-from dataclasses import dataclass
-
-@dataclass
-class Weight:
-    value: float = 2.0
-
-def inner(text):
-    return 1 / len(text)
-
-def reward(prompts, completions, answer, scale=Weight().value, **columns):
-    return [scale * inner(text) for text in completions]
-
-def _wrapped(*arguments): ...
-"""
-
-
-def write(folder: Path, source: str = SOURCE) -> str:
-    path = folder / "rewards.py"
-    path.write_text(source)
-    return str(path)
-
-
-def test_a_function_of_a_file(tmp_path: Path) -> None:
-    file = write(tmp_path)
-    scorer = load_function(FunctionReward(file=file, arguments={"scale": 4.0}), "mine")
-    columns = {"answer": [1, 2]}
-    assert scorer.score(make_batch(["ab", "c"], columns=columns)).tolist() == [2.0, 4.0]
-    with pytest.raises(
-        RewardError, match=r"rewards.py, line 9, in inner: ZeroDivisionError: division by zero"
-    ) as caught:
-        scorer.score(make_batch(["ab", ""], columns=columns))
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    with pytest.raises(ConfigError, match=r"ppo.rewards.mine.function=other: .*defines no function of that name"):
-        load_function(FunctionReward(file=file, function="other"), "mine")
-    write(tmp_path, "x = 1\nimport nothing_of_this_name\n")
-    with pytest.raises(ConfigError, match=r"rewards.py, line 2: ModuleNotFoundError"):
-        load_function(FunctionReward(file=file), "mine")
-
-
 # --- the weighted sum -------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +202,7 @@ def test_every_type_is_built_and_a_model_is_loaded_once(tmp_path: Path) -> None:
         "own": ModelReward(),
         "raw": ModelReward(normalize=False, weight=2.0),
         "other": ModelReward(path="x"),
-        "mine": FunctionReward(file=write(tmp_path)),
+        "mine": FunctionReward(file=write_rewards(tmp_path)),
         "short": LengthReward(),
     }
     built = build_rewards(configs, load_model=load)
@@ -387,93 +246,6 @@ def test_a_learned_reward_scores_tokens_and_texts_alike_and_is_normalised(tmp_pa
     # write_models stores mean 0.5 and standard deviation 2.
     assert torch.equal(result.total, (raw - 0.5) / 2.0)
     assert raw[0] != raw[1]
-
-
-# --- before torch -----------------------------------------------------------------------------------------------------
-
-
-FILES = FileData(path="x")
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (FunctionReward(file="nothing.py"), "there is no such file"),
-        (FunctionReward(file="FILE", function="rewrad"), "does not define it; it defines inner, reward"),
-        (
-            FunctionReward(file="FILE", function="inner", arguments={"scal": 1}),
-            "takes no argument of that name; it takes",
-        ),
-        (GoldReward(), "needs data=embedded"),
-    ],
-)
-def test_preflight_names_the_mistake(tmp_path: Path, config: RewardConfig, message: str) -> None:
-    file = write(tmp_path)
-    if isinstance(config, FunctionReward) and config.file == "FILE":
-        config = config.model_copy(update={"file": file})
-    with pytest.raises(ConfigError, match=f"(?s)ppo.rewards.mine.*{message}"):
-        checks.preflight({"mine": config}, FILES)
-
-
-def test_preflight_of_data_without_columns(tmp_path: Path) -> None:
-    own = FunctionReward(file=write(tmp_path))
-    checks.preflight({"mine": own}, FILES)
-    with pytest.raises(ConfigError, match="asks for answer; it gets prompts, completions, completion_ids"):
-        checks.preflight({"mine": own}, EmbeddedData())
-    checks.preflight({"mine": own.model_copy(update={"arguments": {"answer": 1}})}, EmbeddedData())
-    with pytest.raises(ConfigError, match="has no columns"):
-        checks.preflight({"right": ExactAnswerReward()}, EmbeddedData())
-    write(tmp_path, "def reward(:\n")
-    with pytest.raises(ConfigError, match="line 1: is not valid Python"):
-        checks.preflight({"mine": own}, FILES)
-    write(tmp_path, "def reward(x, /): ...\n")
-    with pytest.raises(ConfigError, match="positional-only"):
-        checks.preflight({"mine": own}, FILES)
-    for source in (
-        "from other import *",
-        "if True:\n    def reward(): ...",
-        "reward = print",
-        "from other import reward",
-    ):
-        write(tmp_path, source)
-        checks.preflight({"mine": own}, FILES)
-
-
-def test_columns_that_rewards_ask_for(tmp_path: Path) -> None:
-    rewards: dict[str, RewardConfig] = {
-        "mine": FunctionReward(file=write(tmp_path)),
-        "right": ExactAnswerReward(column="b"),
-    }
-    checks.check_columns(rewards, ["answer", "b"])
-    with pytest.raises(ConfigError, match=r"mine.function=reward needs the column answer.*columns are: b"):
-        checks.check_columns(rewards, ["b"])
-    with pytest.raises(ConfigError, match=r"right\.column=b needs the column b"):
-        checks.check_columns(rewards, ["answer"])
-
-
-def test_the_hash_follows_the_content_of_files_and_not_their_place(tmp_path: Path) -> None:
-    first, second = tmp_path / "a", tmp_path / "b"
-    first.mkdir()
-    second.mkdir()
-    one: dict[str, RewardConfig] = {"mine": FunctionReward(file=write(first))}
-    other: dict[str, RewardConfig] = {"mine": FunctionReward(file=write(second))}
-    assert checks.content_hash(one) == checks.content_hash(other)
-    before = checks.content_hash(one)
-    write(first, SOURCE + "\n# changed")
-    assert checks.content_hash(one) != before
-    assert checks.content_hash({}) == checks.content_hash({"reward_model": ModelReward()})
-    assert checks.content_hash({"a": LengthReward()}) != checks.content_hash({"a": LengthReward(weight=2.0)})
-    assert checks.reward_files({**one, "again": FunctionReward(file=str(first / "rewards.py"))}) == [
-        first / "rewards.py"
-    ]
-
-
-def test_which_models_the_rewards_need() -> None:
-    own, other = ModelReward(), ModelReward(path="~/x")
-    assert checks.needs_reward_model({})
-    assert checks.needs_reward_model({"a": own, "b": other})
-    assert not checks.needs_reward_model({"b": other, "c": LengthReward()})
-    assert checks.reward_model_paths({"a": own, "b": other}) == {"b": str(Path.home() / "x")}
 
 
 # --- columns of the data ----------------------------------------------------------------------------------------------

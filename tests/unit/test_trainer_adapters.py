@@ -162,7 +162,7 @@ def test_with_adapters_reference_and_critic_lie_on_the_base(folders: Folders) ->
             make(folders["policy"], peft_config=LORA, **changes)
     with pytest.raises(UserError, match="leave value_model out"):
         make(model, peft_config=LORA, value_model=folders["reward_adapter"])
+    model.config._name_or_path = ""
     nowhere = AutoModelForCausalLM.from_config(model.config)
-    nowhere.config._name_or_path = ""
     with pytest.raises(UserError, match="names its base"):
         make(nowhere, processing_class=load_tokenizer(folders["policy"]), peft_config=LORA)

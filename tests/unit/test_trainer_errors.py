@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf import DistributedConfig, PPOCallback, PPOConfig, PPOTrainer, UserError
 from rlhf.errors import ConfigError, DataError
@@ -59,10 +59,22 @@ def other_tokens(inputs: dict[str, str]) -> Any:
     return tokenizer
 
 
+def other_eos(inputs: dict[str, str]) -> Any:
+    tokenizer = load_tokenizer(inputs["policy"])
+    tokenizer.eos_token = tokenizer.bos_token
+    return tokenizer
+
+
+def without_template(inputs: dict[str, str]) -> Any:
+    tokenizer = load_tokenizer(inputs["policy"])
+    tokenizer.chat_template = None
+    return tokenizer
+
+
 def unplaced(inputs: dict[str, str]) -> dict[str, Any]:
-    model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(inputs["policy"]).config)
-    model.config._name_or_path = ""
-    return {"model": model}
+    config = AutoConfig.from_pretrained(inputs["policy"])
+    config._name_or_path = ""
+    return {"model": AutoModelForCausalLM.from_config(config)}
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -88,7 +100,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "no EOS": (lambda i: {"processing_class": without_eos(i)}, "has no EOS token"),
     "too many tokens": (lambda i: {"processing_class": other_tokens(i)}, "the tokenizer goes up to id"),
     "critic of other tokens": (
-        lambda i: {"reward_model": i["reward_model"], "reward_processing_class": other_tokens(i)},
+        lambda i: {"reward_model": i["reward_model"], "reward_processing_class": other_eos(i)},
         "critic cannot start from reward_model",
     ),
     "no prompt column": (
@@ -106,7 +118,10 @@ CASES: dict[str, tuple[Change, str]] = {
         "row 0: a conversation to answer ends with a user turn",
     ),
     "no chat template": (
-        lambda i: {"train_dataset": [{"prompt": [{"role": "user", "content": "yes"}]}]},
+        lambda i: {
+            "train_dataset": [{"prompt": [{"role": "user", "content": "yes"}]}],
+            "processing_class": without_template(i),
+        },
         "no chat template",
     ),
     "too long": (lambda i: {"train_dataset": ["the film " * 100]}, "positions"),
@@ -194,7 +209,7 @@ def test_an_output_folder_that_is_a_file_is_named(inputs: dict[str, str], tmp_pa
         output_dir=tmp_path / "out",
         verbose=False,
     )
-    with pytest.raises(ConfigError, match="output_dir=.*cannot be made"):
+    with pytest.raises(ConfigError, match=r"output_dir=.*cannot be made"):
         trainer.train()
 
 
@@ -225,22 +240,22 @@ def test_ranks_must_hold_the_same_and_share_a_minibatch() -> None:
 
 def test_the_launcher_says_how_many_processes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhf.config.zero import ZeroConfig
-    from rlhf.trainer import ranks
+    from rlhf.distributed.runtime import Runtime
 
     seen: list[DistributedConfig] = []
 
-    class Started(Exception):
+    class StartedError(Exception):
         pass
 
     def start(config: DistributedConfig, zero: ZeroConfig, seed: int) -> None:
         seen.append(config)
-        raise Started
+        raise StartedError
 
-    monkeypatch.setattr(ranks.Runtime, "start", start)
+    monkeypatch.setattr(Runtime, "start", start)
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     for given in (1, 8):
-        with pytest.raises(Started):
+        with pytest.raises(StartedError):
             start_runtime(DistributedConfig(num_processes=given), ZeroConfig(), 1)
     assert [config.num_processes for config in seen] == [4, 8]
 

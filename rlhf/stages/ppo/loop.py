@@ -68,11 +68,11 @@ def train(job: PPOJob) -> Trained:
             # 3. Sample responses to the prompts of the batch, and score them.
             experience = gather_experience(engine, models, job.prompts, section, runtime, job.seed, update)
             clock.rollout_ends()
-            if update == 0 and section.self_test:
-                _self_test(job, engine, experience)
             # 4. Token rewards with the KL penalty, advantages, returns: over the global batch.
             coefficient = state.kl_coefficient
             batch = make_batch(experience, section, state, coefficient)
+            if update == 0 and section.self_test:
+                _self_test(job, engine, batch, experience)
             # 5. Several epochs of clipped policy and value losses.
             clock.training_begins()
             statistics = updater.optimise(batch, update, coefficient)
@@ -202,16 +202,13 @@ def _save(job: PPOJob, engine: TrainingEngine, state: TrainingState) -> None:
         prune_checkpoints(job.checkpoints, job.section.keep_checkpoints)
 
 
-def _self_test(job: PPOJob, engine: TrainingEngine, experience: Experience) -> None:
+def _self_test(job: PPOJob, engine: TrainingEngine, batch: PPOBatch, experience: Experience) -> None:
     """Before the first step, on the first rollout. Every rank runs the same rows and comes to the same verdict."""
-    rows = torch.arange(min(_SELF_TEST_ROWS, len(experience.scored)))
-    scored = experience.scored.select(rows)
-    with torch.no_grad():
-        logprobs = training_logprobs(engine, scored.rollout, job.models.scoring, job.runtime.device)
+    some = batch.rollout.select(torch.arange(min(_SELF_TEST_ROWS, len(batch))))
     check_first_rollout(
         job.models.facts,
-        scored=scored,
-        training_logprobs=logprobs,
+        scored=batch.scored,
+        training_logprobs=training_logprobs(engine, some, job.models.scoring, job.runtime.device),
         raw_scores=experience.raw_scores,
         parts=experience.parts,
     )
