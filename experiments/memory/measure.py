@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_PROMPT = 256, 2, 16
-# Vocabulary, responses, tokens of each response: GPT-2's vocabulary and Llama 3's.
-SHAPES = ((50_257, 16, 128), (128_256, 16, 128))
+NUM_ROWS, NUM_RESPONSE = 16, 128
 AT_ONCE, PYTORCH, ALONE = "at once", "linear_cross_entropy 512", "512, no entropy"
-METHODS = {"update": (AT_ONCE, "1024", "512", "128", ALONE, PYTORCH), "score": (AT_ONCE, "512", "128")}
+# The vocabularies of GPT-2 and of Llama 3.
+CASES = (
+    (50_257, "update", (AT_ONCE, "1024", "512", "128", ALONE, PYTORCH)),
+    (50_257, "score", (AT_ONCE, "512", "128")),
+    (128_256, "update", (AT_ONCE, "1024", "512")),
+)
 COLUMNS = ("vocabulary", "tokens", "task", "method", "peak_mb", "seconds", "value")
 
 
@@ -30,7 +34,7 @@ def _megabytes_now() -> float:
     return pages * resource.getpagesize() / 1e6
 
 
-def measure(vocabulary: int, num_rows: int, num_response: int, task: str, method: str) -> dict[str, Any]:
+def measure(vocabulary: int, task: str, method: str) -> dict[str, Any]:
     """Peak of the resident memory above the one before the pass, and CPU seconds; all in this process."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,7 +52,7 @@ def measure(vocabulary: int, num_rows: int, num_response: int, task: str, method
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    ids = torch.randint(vocabulary, (num_rows, NUM_PROMPT + num_response))
+    ids = torch.randint(vocabulary, (NUM_ROWS, NUM_PROMPT + NUM_RESPONSE))
     mask = torch.ones_like(ids, dtype=torch.bool)
 
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "num_prompt": NUM_PROMPT}
@@ -99,17 +103,15 @@ def main() -> None:
     with arguments.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for vocabulary, num_rows, num_response in SHAPES:
-            for task, methods in METHODS.items():
-                for method in methods:
-                    case = json.dumps([vocabulary, num_rows, num_response, task, method])
-                    command = [sys.executable, __file__, "--case", case]
-                    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-                    found = json.loads(done.stdout.splitlines()[-1])
-                    line = {"vocabulary": vocabulary, "tokens": num_rows * num_response, "task": task, "method": method}
-                    writer.writerow(line | found)
-                    file.flush()
-                    print(*(line | found).values(), sep="\t", flush=True)
+        for vocabulary, task, methods in CASES:
+            for method in methods:
+                command = [sys.executable, __file__, "--case", json.dumps([vocabulary, task, method])]
+                done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+                found = json.loads(done.stdout.splitlines()[-1])
+                line = {"vocabulary": vocabulary, "tokens": NUM_ROWS * NUM_RESPONSE, "task": task, "method": method}
+                writer.writerow(line | found)
+                file.flush()
+                print(*(line | found).values(), sep="\t", flush=True)
 
 
 if __name__ == "__main__":

@@ -85,9 +85,9 @@ def suggest_keys(key: str) -> list[str]:
     elsewhere = [candidate for candidate in keys if candidate.rpartition(".")[2] == name]
     if elsewhere and section:
         elsewhere.sort(key=lambda candidate: -_similarity(candidate, key))
-        return elsewhere[:1] if _similarity(elsewhere[0], key) > 0.85 else elsewhere[:MAX_SUGGESTIONS]
+        return elsewhere[:1] if _similarity(elsewhere[0], key) > 0.85 else _outermost(elsewhere)
     if elsewhere:
-        return elsewhere[:MAX_SUGGESTIONS]
+        return _outermost(elsewhere)
     abbreviated = [sibling for sibling in siblings if _initials(sibling) == name]
     if nearby := abbreviated or close_names(name, siblings):
         return [f"{section}.{match}" if section else match for match in nearby]
@@ -96,7 +96,13 @@ def suggest_keys(key: str) -> list[str]:
     last_names = list(dict.fromkeys(candidate.rpartition(".")[2] for candidate in keys))
     abbreviated = [word for word in last_names if _initials(word) == name or (len(name) > 2 and word.startswith(name))]
     matches = close_names(name, last_names, cutoff=0.7)[:1] or abbreviated
-    return [candidate for candidate in keys if candidate.rpartition(".")[2] in matches][:MAX_SUGGESTIONS]
+    return _outermost([candidate for candidate in keys if candidate.rpartition(".")[2] in matches])
+
+
+def _outermost(keys: Sequence[str]) -> list[str]:
+    """The keys that lie least deep, in order: the stage's own `ppo.gamma` not a study's."""
+    depth = min((key.count(".") for key in keys), default=0)
+    return [key for key in keys if key.count(".") == depth][:MAX_SUGGESTIONS]
 
 
 def unknown_key(path: schema.Path, value: str | None, source: str | None) -> Problem:

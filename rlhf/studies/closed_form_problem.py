@@ -63,9 +63,7 @@ class Problem:
     def standing(self, policy: nn.Module, beta: float) -> Standing:
         """Where the policy stands, exactly."""
         logprobs = response_table(policy, self.prompt_ids, self.responses, pad_id=EOS_ID)
-        return standing(
-            logprobs=logprobs, reference_logprobs=self.reference_logprobs, rewards=self.rewards, beta=beta
-        )
+        return standing(logprobs=logprobs, reference_logprobs=self.reference_logprobs, rewards=self.rewards, beta=beta)
 
 
 def make_problem(config: ClosedFormConfig, seed: int) -> Problem:

@@ -1,6 +1,6 @@
 """The study `closed_form` over several seeds: one table, one CSV and one plot of all its runs.
 
-    python -m rlhf.studies.closed_form_tables --out FOLDER RUN_FOLDER RUN_FOLDER ...
+python -m rlhf.studies.closed_form_tables --out FOLDER RUN_FOLDER RUN_FOLDER ...
 """
 
 from __future__ import annotations

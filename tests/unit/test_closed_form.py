@@ -27,6 +27,7 @@ from rlhf.models.sampling import row_uniforms
 from rlhf.ops.sequences import left_pad
 from rlhf.runs import console, report_sections, results
 from rlhf.runs.folder import RunFolder, StageResult
+from rlhf.runs.manifest import SCHEMA
 from rlhf.studies import closed_form, closed_form_tables
 from rlhf.studies.closed_form_curve import Curve, Point, Recorder, num_points
 from rlhf.studies.closed_form_ppo import check_section, ppo_section
@@ -417,7 +418,7 @@ def test_runs_of_several_seeds_become_one_table_and_one_plot(
     for seed, gap in ((1, 0.02), (2, 0.04)):
         run = RunFolder(tmp_path / f"run{seed}")
         run.create()
-        run.manifest.write_text(json.dumps({"seed": seed}))
+        run.manifest.write_text(json.dumps({"schema": SCHEMA, "seed": seed}))
         for algorithm, factor in (("ppo", 1.0), ("dpo", 10.0)):
             curve = _fake(algorithm, 0.2, [1.0, factor * gap])
             curve.write(run.stage("closed_form").path / "curves" / f"{algorithm}_beta_0.2.json")

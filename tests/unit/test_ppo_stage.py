@@ -251,6 +251,7 @@ KNOBS: dict[str, Any] = {
     "value_clip": 0.001,
     "value_coefficient": 1.0,
     "whiten_advantages": False,
+    "rewards": {"short": {"type": "length", "maximum": 2, "tolerance": 4}},
     "score_normalization": "running",
     "score_clip": 0.01,
     "missing_eos_penalty": 2.0,

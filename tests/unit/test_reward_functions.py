@@ -72,10 +72,10 @@ def test_conversations_are_messages_as_trl_passes_them() -> None:
 
 
 def test_none_is_nan_and_numbers_of_any_kind_are_numbers() -> None:
-    values = [None, True, 2, torch.tensor(3.5)]
-    result = scored(lambda completions: values, make_batch(["a"] * 4))
+    values = [None, True, 2, torch.tensor(3.5), 0]
+    result = scored(lambda completions: values, make_batch(["a"] * 5))
     assert math.isnan(result[0])
-    assert result[1:] == [1.0, 2.0, 3.5]
+    assert result[1:] == [1.0, 2.0, 3.5, 0.0]
     assert scored(lambda completions: torch.tensor([1.0, 2.0]), make_batch(["a", "b"])) == [1.0, 2.0]
 
     async def later(completions: list[str]) -> list[float]:
@@ -91,7 +91,7 @@ def test_none_is_nan_and_numbers_of_any_kind_are_numbers() -> None:
         (3.0, r"must return a list of 2 numbers.*it returned 3.0 \(float\)"),
         (None, "it returned None"),
         ([1.0, "x"], r"returned 'x' \(str\) for the response 'second'"),
-        ([1.0, NAN], "returned nan for the response 'second'; expected a finite number, or None"),
+        ([1.0, math.nan], "returned nan for the response 'second'; expected a finite number, or None"),
         ([math.inf, 1.0], "returned inf for the response 'first'"),
     ],
 )

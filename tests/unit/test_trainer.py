@@ -245,8 +245,14 @@ def test_a_reward_models_statistics_come_with_its_folder(inputs: Models) -> None
 def test_rewards_of_the_config_join_those_of_the_arguments(inputs: Models) -> None:
     rewards = {"short": {"type": "length", "maximum": 1, "tolerance": 8, "weight": 3.0}}
     section = arguments(num_updates=1, rewards=rewards)
-    trainer = make(inputs["policy"], reward_model=inputs["reward_model"], reward_funcs=words, args=section)
-    assert trainer.models.rewards.weights == {"reward_model": 1.0, "short": 3.0, "words": 1.0}
+    trainer = make(
+        inputs["policy"],
+        reward_model=inputs["reward_model"],
+        reward_funcs=words,
+        reward_weights=[0.5, 2.0],
+        args=section,
+    )
+    assert trainer.models.rewards.weights == {"reward_model": 0.5, "short": 3.0, "words": 2.0}
     twice = {"model": {"type": "model", "weight": 0.25}}
     trainer = make(inputs["policy"], reward_model=inputs["reward_model"], args=arguments(rewards=twice))
     assert trainer.models.rewards.weights == {"model": 0.25}
@@ -346,20 +352,20 @@ def test_an_output_folder_holds_numbers_samples_and_checkpoints(inputs: Models, 
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(inputs: Models, tmp_path: Path) -> None:
-    section = arguments(num_updates=3, score_normalization="running", ema_decay=0.5)
+    section = arguments(num_updates=4, save_every=2, score_normalization="running", ema_decay=0.5)
     whole = make(inputs["policy"], args=section)
     expected = whole.train()
-    broken = make(inputs["policy"], args=section, output_dir=tmp_path, callbacks=[Recorder(fail_after=3)])
+    broken = make(inputs["policy"], args=section, output_dir=tmp_path, callbacks=[Recorder(fail_after=4)])
     with pytest.raises(RuntimeError, match="pulled the plug"):
         broken.train()
     recorder = Recorder()
     resumed = make(inputs["policy"], args=section, output_dir=tmp_path, callbacks=[recorder])
     result = resumed.train(resume=True)
-    assert recorder.calls == [("start", 2), ("update", 3), ("end", 3)]
+    assert recorder.calls == [("start", 2), ("update", 3), ("update", 4), ("end", 4)]
     assert equal(weights_of(resumed.models.actor_critic), weights_of(whole.models.actor_critic))
     losses = [line["ppo/loss"] for line in expected.history]
     assert [line["ppo/loss"] for line in result.history] == losses
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     resumed.save_model(tmp_path / "resumed")
     whole.save_model(tmp_path / "whole")
     saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("resumed", "whole")]
