@@ -1,4 +1,4 @@
-"""`closed_form`: the study that measures algorithms against the exact optimum of a problem small enough to enumerate."""
+"""`closed_form`: the study that measures algorithms against the exact optimum of an enumerable problem."""
 
 from __future__ import annotations
 

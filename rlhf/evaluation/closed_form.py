@@ -45,7 +45,7 @@ class Standing:
 def num_responses(vocabulary: int, max_tokens: int) -> int:
     """How many responses `enumerate_responses` gives."""
     words = vocabulary - 1
-    return sum(words**length for length in range(max_tokens)) + words**max_tokens
+    return sum(int(words**length) for length in range(max_tokens + 1))
 
 
 def enumerate_responses(vocabulary: int, eos: int, max_tokens: int) -> list[Response]:

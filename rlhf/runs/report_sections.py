@@ -305,7 +305,8 @@ def stage_table(rows: Iterable[results.StageRow]) -> str:
         return '<p class="empty card">No stage has run yet.</p>'
     return (
         '<div class="tablebox"><table><thead><tr><th>Stage</th><th>Status</th><th class="n">Time</th>'
-        f'<th class="n">Peak memory</th><th>Results</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>{study}'
+        f'<th class="n">Peak memory</th><th>Results</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        f"{study}"
     )
 
 

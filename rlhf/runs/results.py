@@ -103,9 +103,7 @@ def gap_rows(summary: Mapping[str, Any]) -> list[GapRow]:
             continue
         beta, gap = _number(entry.get("beta")), _number(entry.get("gap"))
         pairs = {name: (_number(entry.get(name)), _number(entry.get(f"optimal_{name}"))) for name in GAP_NUMBERS}
-        numbers = {
-            name: (own, best) for name, (own, best) in pairs.items() if own is not None and best is not None
-        }
+        numbers = {name: (own, best) for name, (own, best) in pairs.items() if own is not None and best is not None}
         if beta is not None and gap is not None and len(numbers) == len(GAP_NUMBERS):
             rows.append(GapRow(str(entry.get("algorithm")), beta, gap, numbers))
     return rows

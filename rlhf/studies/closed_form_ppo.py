@@ -78,7 +78,7 @@ class _Measure(Callback):
 def train_ppo(problem: Problem, recorder: Recorder, runtime: Runtime) -> None:
     """Trains from the problem's model. The critic starts as its copy with a zero head; nothing is saved."""
     settings = ppo_section(problem.config, recorder.beta)
-    policy, reference = problem.new_model().to(runtime.device), problem.new_model().to(runtime.device)
+    policy, reference = problem.new_model(), problem.new_model()
     if settings.value_network == "shared_trunk":
         actor_critic: ActorCritic = SharedTrunkActorCritic(policy)
     else:

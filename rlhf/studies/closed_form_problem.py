@@ -70,7 +70,7 @@ def make_problem(config: ClosedFormConfig, seed: int) -> Problem:
     """The problem of a seed: its model, prompts and rewards follow from the arguments alone."""
     tokenizer = _tokenizer(config.num_tokens)
     ids = _prompt_ids(config)
-    prompts = tuple(tokenizer.decode(list(one)) for one in ids)
+    prompts = tuple(str(tokenizer.decode(list(one))) for one in ids)
     responses = tuple(enumerate_responses(config.num_tokens, EOS_ID, config.max_response_tokens))
     generator = torch.Generator().manual_seed(seed * 1_000 + _REWARD_STREAM)
     # float32 numbers, so that a reward is the same number wherever it goes.
@@ -107,7 +107,7 @@ def _tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
     vocabulary = {EOS: EOS_ID, **{letter: index for index, letter in enumerate(letters, start=1)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=EOS,
@@ -115,7 +115,6 @@ def _tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-    return cast(PreTrainedTokenizerFast, wrapped)
 
 
 def _new_model(config: ClosedFormConfig, seed: int) -> PreTrainedModel:

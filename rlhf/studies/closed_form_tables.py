@@ -94,7 +94,8 @@ def as_markdown(curves: Sequence[SeedCurve]) -> str:
             gaps = [curve.last.gap for curve in own]
             rows.append(
                 f"| {algorithm.upper()} | {fmean(gaps):.4f} | {min(gaps):.4f} … {max(gaps):.4f} | "
-                f"{fmean(one.last.objective for one in own):.3f} | {fmean(one.last.expected_reward for one in own):.3f} | "
+                f"{fmean(one.last.objective for one in own):.3f} | "
+                f"{fmean(one.last.expected_reward for one in own):.3f} | "
                 f"{fmean(one.last.kl for one in own):.2f} | {fmean(one.seconds for one in own):.0f} |"
             )
         parts.append("\n".join(rows))

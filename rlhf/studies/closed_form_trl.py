@@ -30,7 +30,7 @@ from rlhf.studies.closed_form_curve import Recorder
 from rlhf.studies.closed_form_problem import Problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainerControl, TrainerState
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 # What keys the random numbers of the pairs, besides the seed.
 _PAIR_STREAM = 21
@@ -41,14 +41,12 @@ class _Measure(TrainerCallback):
         self.recorder = recorder
 
     def on_train_begin(
-        self, args: object, state: TrainerState, control: TrainerControl, model: PreTrainedModel, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.recorder.observe(0, model)
+        self.recorder.observe(0, kwargs["model"])
 
-    def on_step_end(
-        self, args: object, state: TrainerState, control: TrainerControl, model: PreTrainedModel, **kwargs: Any
-    ) -> None:
-        self.recorder.observe(state.global_step, model)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.recorder.observe(state.global_step, kwargs["model"])
 
 
 def online_steps(section: OnlineBaseline, num_responses: int) -> int:

@@ -70,7 +70,8 @@ def test_the_gap_of_a_policy_worked_by_hand() -> None:
     standing = maths.standing(logprobs=greedy, reference_logprobs=reference, rewards=rewards, beta=1.0)
     assert standing.gap == pytest.approx(gap)
     assert standing.objective == pytest.approx(math.log(1.5))
-    assert (standing.expected_reward, standing.kl) == (pytest.approx(math.log(3)), pytest.approx(math.log(2)))
+    assert standing.expected_reward == pytest.approx(math.log(3))
+    assert standing.kl == pytest.approx(math.log(2))
 
 
 def test_the_gap_is_of_means_over_prompts_not_a_mean_of_gaps() -> None:

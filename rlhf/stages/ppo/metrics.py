@@ -50,9 +50,7 @@ def batch_metrics(
     exact = experience.exact_kl[~experience.exact_kl.isnan()]
     if len(exact):
         metrics["ppo/exact_kl_to_reference"] = float(exact.mean())
-    if len(experience.parts) > 1:
-        metrics |= {f"ppo/reward/{name}": mean for name, mean in part_means(experience.parts).items()}
-    return metrics
+    return metrics | {f"ppo/reward/{name}": mean for name, mean in part_means(experience.parts).items()}
 
 
 def _raw_total(parts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

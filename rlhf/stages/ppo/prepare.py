@@ -20,6 +20,7 @@ from rlhf.models.sampling import Suppressed
 from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
 from rlhf.models.scoring import check_chunked
 from rlhf.models.shared_base import SharedBase
+from rlhf.rewards.checks import check_columns
 from rlhf.rewards.learned import same_token_ids
 from rlhf.runs.tracking import Tracker
 from rlhf.stages.ppo.job import PPOJob
@@ -53,6 +54,7 @@ def prepare_job(context: StageContext) -> PPOJob:
     notes: list[str] = []
     prompts = load_encoded_prompts(config.data, models.tokenizer, notes.append)["train"]
     check_prompts(prompts, models.policy, section)
+    check_columns(section.rewards, prompts[0].columns)
 
     def open_tracker(done: int) -> Tracker:
         body = config.model_dump(mode="json")
