@@ -16,6 +16,7 @@ from typing import Any
 import rlhf
 from rlhf import data
 from rlhf.config import RLHFConfig, StageName
+from rlhf.config.peft import uses_lora
 from rlhf.data.templates import chat_template
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.paths import base_of, check_model_path, is_adapter, is_local
@@ -218,6 +219,8 @@ def _content(path: str, revision: str | None) -> str:
 def stage_fingerprint(config: RLHFConfig, stage: StageName, inputs: Mapping[str, str], data_hash: str) -> str:
     """A hash of everything that decides the stage's result."""
     section: dict[str, Any] = getattr(config, stage).model_dump(mode="json")
+    if stage == "closed_form":
+        section["ppo"] = config.ppo.model_dump(mode="json")
     if stage == "ppo":
         # The rewards' files count by their content, wherever they lie; their models are inputs.
         section["rewards"] = reward_checks.content_hash(config.ppo.rewards)
@@ -229,7 +232,7 @@ def stage_fingerprint(config: RLHFConfig, stage: StageName, inputs: Mapping[str,
         "precision": [config.distributed.precision, config.distributed.device],
         "section": {name: value for name, value in section.items() if name not in _BOOKKEEPING},
         "model": config.model.model_dump(mode="json", exclude={"path", "chat_template"}),
-        "peft": config.peft.model_dump(mode="json"),
+        "peft": config.peft.model_dump(mode="json") if uses_lora(config, stage) else None,
         "chat_template": None if template is None else chat_template(template),
         "data": [config.data.model_dump(mode="json", exclude={"path"}), data_hash],
         "inputs": {name: _content(path, config.model.revision) for name, path in sorted(inputs.items())},

@@ -7,26 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.base import PositiveFloat, PositiveInt, Section
-from rlhf.config.ppo import PPOConfig
 
 Algorithm = Literal["ppo", "rloo", "grpo", "dpo"]
-# The way up differs from that of a language model: every response is within reach of a few thousand samples, and the
-# optimum lies many nats away. Small steps for all sampled tokens alike, by many passes that the clip ends, keep the
-# likely responses from crowding out the good ones before those are found.
-PPO_SETTINGS = PPOConfig(
-    batch_size=1024,
-    rollout_batch_size=1024,
-    num_epochs=8,
-    num_minibatches=4,
-    learning_rate=1e-3,
-    value_learning_rate=2e-3,
-    max_grad_norm=10.0,
-    clip_low=0.1,
-    clip_high=0.1,
-    lam=1.0,
-    value_clip=None,
-    value_coefficient=0.5,
-)
 # Enumerating more than this is no longer a matter of milliseconds.
 MAX_TABLE = 100_000
 
@@ -73,8 +55,8 @@ class DPOBaseline(Section):
 class ClosedFormConfig(Section):
     """The exact optimality gap (J* - J) / (J* - J_ref) of J = E[r] - beta * KL along training.
 
-    All responses to a prompt are enumerated, so that no number of the study is an estimate. `ppo` takes every field of
-    stage ppo; the study sets its kl_coefficient, max_response_tokens and num_updates.
+    All responses to a prompt are enumerated, so that no number of the study is an estimate. PPO takes its settings from
+    the section `ppo`; the study decides kl_coefficient, max_response_tokens and num_updates.
     """
 
     betas: tuple[PositiveFloat, ...] = Field((0.05, 0.2, 1.0), description="weights of the KL", min_length=1)
@@ -93,7 +75,6 @@ class ClosedFormConfig(Section):
     num_responses: PositiveInt = Field(65_536, description="sampled responses each algorithm may use, for each beta")
     num_measurements: PositiveInt = Field(16, description="points of a curve, besides the start")
 
-    ppo: PPOConfig = Field(PPO_SETTINGS, description="settings of PPO")
     rloo: OnlineBaseline = Field(OnlineBaseline(), description="settings of RLOO")
     grpo: GRPOBaseline = Field(GRPOBaseline(), description="settings of GRPO")
     dpo: DPOBaseline = Field(DPOBaseline(), description="settings of DPO")
@@ -126,7 +107,6 @@ class ClosedFormConfig(Section):
     @model_validator(mode="after")
     def _budget_divides(self) -> ClosedFormConfig:
         sizes = (
-            ("ppo.batch_size", self.ppo.batch_size),
             ("rloo.batch_size", self.rloo.batch_size),
             ("grpo.batch_size", self.grpo.batch_size),
             ("2 x dpo.batch_size", 2 * self.dpo.batch_size),

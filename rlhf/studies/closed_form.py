@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.closed_form import Algorithm, ClosedFormConfig
+from rlhf.config import RLHFConfig
+from rlhf.config.closed_form import Algorithm
 from rlhf.config.peft import NoPEFT
 from rlhf.errors import ConfigError
 from rlhf.models.loading import quiet
@@ -45,7 +46,7 @@ def run(context: StageContext) -> StageOutput:
     _check(context)
     problem = make_problem(section, config.seed)
     trainings = [_Training(algorithm, beta) for algorithm in section.algorithms for beta in section.betas]
-    total = sum(num_points(section.num_measurements, num_steps(section, one.algorithm)) for one in trainings)
+    total = sum(num_points(section.num_measurements, num_steps(config, one.algorithm)) for one in trainings)
     folder = context.stage.path / CURVES
     curves: list[Curve] = []
     # The lines of finished trainings are written again from their files, so a restarted study's lines are whole.
@@ -67,10 +68,11 @@ def run(context: StageContext) -> StageOutput:
     return StageOutput(summary=summary(curves), outputs=[CURVES])
 
 
-def num_steps(section: ClosedFormConfig, algorithm: Algorithm) -> int:
+def num_steps(config: RLHFConfig, algorithm: Algorithm) -> int:
     """Updates (PPO) or optimiser steps of one training."""
+    section = config.closed_form
     if algorithm == "ppo":
-        return closed_form_ppo.num_updates(section)
+        return closed_form_ppo.num_updates(config.ppo, section)
     if algorithm == "dpo":
         return closed_form_trl.dpo_steps(section.dpo, section.num_responses)
     return closed_form_trl.online_steps(section.rloo if algorithm == "rloo" else section.grpo, section.num_responses)
@@ -96,7 +98,7 @@ def _check(context: StageContext) -> None:
         raise ConfigError("closed_form trains whole models without sharding: leave zero and peft out.")
     if context.runtime.device.type != "cpu":
         raise ConfigError(f"closed_form runs on the CPU, not on {context.runtime.device}: set distributed.device=cpu.")
-    closed_form_ppo.check_section(config.closed_form.ppo)
+    closed_form_ppo.check_section(config.ppo)
 
 
 def _train(context: StageContext, problem: Problem, training: _Training, log: Callable[[Point], None]) -> Curve:
@@ -104,11 +106,11 @@ def _train(context: StageContext, problem: Problem, training: _Training, log: Ca
         problem,
         training.algorithm,
         training.beta,
-        num_steps=num_steps(problem.config, training.algorithm),
+        num_steps=num_steps(context.config, training.algorithm),
         on_point=log,
     )
     if training.algorithm == "ppo":
-        closed_form_ppo.train_ppo(problem, recorder, context.runtime)
+        closed_form_ppo.train_ppo(problem, context.config.ppo, recorder, context.runtime)
         return recorder.finish()
     scratch = context.stage.path / "scratch"
     _write_model(problem, scratch)

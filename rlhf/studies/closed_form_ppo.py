@@ -38,28 +38,34 @@ _FIXED: tuple[tuple[str, object, str], ...] = (
 
 
 def check_section(section: PPOConfig) -> None:
-    """Raises `ConfigError` for settings of `closed_form.ppo` with which the study would measure something else."""
+    """Raises `ConfigError` for settings of section `ppo` with which the study would measure something else."""
     for name, value, reason in _FIXED:
         if getattr(section, name) != value:
             raise ConfigError(
-                f"closed_form.ppo.{name} must be {value}, not {getattr(section, name)}: {reason}. Leave it out."
+                f"ppo.{name} must be {value} in stage closed_form, not {getattr(section, name)}: {reason}. Leave it out."
             )
 
 
-def ppo_section(study: ClosedFormConfig, beta: float) -> PPOConfig:
+def ppo_section(section: PPOConfig, study: ClosedFormConfig, beta: float) -> PPOConfig:
     """The settings with what the study decides: beta, the longest response, and as many updates as fit."""
-    settings = study.ppo.model_dump()
+    settings = section.model_dump()
     settings |= {
         "kl_coefficient": beta,
         "max_response_tokens": study.max_response_tokens,
-        "num_updates": num_updates(study),
+        "num_updates": num_updates(section, study),
     }
     return PPOConfig.model_validate(settings)
 
 
-def num_updates(study: ClosedFormConfig) -> int:
-    """Updates within the study's budget of responses."""
-    return study.num_responses // study.ppo.batch_size
+def num_updates(section: PPOConfig, study: ClosedFormConfig) -> int:
+    """Updates within the study's budget of responses. Raises `ConfigError` when the batches do not fill it."""
+    updates, rest = divmod(study.num_responses, section.batch_size)
+    if rest:
+        raise ConfigError(
+            f"closed_form.num_responses ({study.num_responses}) must be a multiple of ppo.batch_size "
+            f"({section.batch_size})"
+        )
+    return updates
 
 
 class _Measure(Callback):
@@ -75,9 +81,9 @@ class _Measure(Callback):
             self.recorder.observe(step, policy)
 
 
-def train_ppo(problem: Problem, recorder: Recorder, runtime: Runtime) -> None:
+def train_ppo(problem: Problem, section: PPOConfig, recorder: Recorder, runtime: Runtime) -> None:
     """Trains from the problem's model. The critic starts as its copy with a zero head; nothing is saved."""
-    settings = ppo_section(problem.config, recorder.beta)
+    settings = ppo_section(section, problem.config, recorder.beta)
     policy, reference = problem.new_model(), problem.new_model()
     if settings.value_network == "shared_trunk":
         actor_critic: ActorCritic = SharedTrunkActorCritic(policy)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rlhf.config.ppo import PPOConfig
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.loading import (
+    _mend_generation_config,
     check_vocabulary,
     disable_dropout,
     load_policy,
@@ -92,6 +93,8 @@ def language_model(source: object, name: str, dtype: torch.dtype) -> PreTrainedM
             f"{name} is a {type(source).__name__}, which does not write text; expected a …ForCausalLM, or a sequence "
             "to sequence model with its head"
         )
+    # Else the trained model might be refused when it is saved.
+    _mend_generation_config(source)
     return _adopt(source, dtype)
 
 

@@ -22,20 +22,20 @@ def test_ppo_goes_most_of_the_way_to_the_optimum_in_seconds(tmp_path: Path) -> N
         "num_prompts": 2,
         "num_responses": 8192,
         "num_measurements": 4,
-        "ppo": {
-            "batch_size": 256,
-            "num_epochs": 4,
-            "num_minibatches": 4,
-            "learning_rate": 2e-3,
-            "value_learning_rate": 4e-3,
-            "max_grad_norm": 10.0,
-            "lam": 1.0,
-            "value_clip": None,
-            "value_coefficient": 0.5,
-        },
+    }
+    ppo = {
+        "batch_size": 256,
+        "num_epochs": 4,
+        "num_minibatches": 4,
+        "learning_rate": 2e-3,
+        "value_learning_rate": 4e-3,
+        "max_grad_norm": 10.0,
+        "lam": 1.0,
+        "value_clip": None,
+        "value_coefficient": 0.5,
     }
     config = RLHFConfig.model_validate(
-        {"tracking": {"wandb": "disabled"}, "distributed": {"device": "cpu"}, "closed_form": study}
+        {"tracking": {"wandb": "disabled"}, "distributed": {"device": "cpu"}, "closed_form": study, "ppo": ppo}
     )
     output = closed_form.run(make_context(config, tmp_path, "closed_form"))
     assert output.summary["largest_gap_ppo"] < 0.1

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rlhf.config import RLHFConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.config.closed_form import ClosedFormConfig
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluation import closed_form as maths
@@ -315,8 +316,8 @@ def test_a_training_that_ends_early_has_no_curve() -> None:
 
 
 def test_ppo_takes_beta_length_and_budget_from_the_study() -> None:
-    study = ClosedFormConfig.model_validate({**SMALL, "ppo": {"batch_size": 512, "learning_rate": 0.5}})
-    section = ppo_section(study, 0.7)
+    study = ClosedFormConfig.model_validate(SMALL)
+    section = ppo_section(PPOConfig(batch_size=512, learning_rate=0.5), study, 0.7)
     assert (section.kl_coefficient, section.max_response_tokens, section.num_updates) == (0.7, 3, 8)
     assert section.learning_rate == 0.5
 
@@ -326,9 +327,13 @@ def test_ppo_takes_beta_length_and_budget_from_the_study() -> None:
     [{"temperature": 0.7}, {"min_response_tokens": 1}, {"stop_tokens": ("a",)}, {"policy": "folder"}],
 )
 def test_settings_that_would_measure_something_else_are_refused(settings: dict[str, Any]) -> None:
-    study = ClosedFormConfig.model_validate({"ppo": {"batch_size": 512, **settings}})
-    with pytest.raises(ConfigError, match=f"closed_form.ppo.{next(iter(settings))} must be"):
-        check_section(study.ppo)
+    with pytest.raises(ConfigError, match=f"ppo.{next(iter(settings))} must be"):
+        check_section(PPOConfig.model_validate({"batch_size": 512, **settings}))
+
+
+def test_a_batch_that_does_not_fill_the_budget_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be a multiple of ppo.batch_size"):
+        ppo_section(PPOConfig(batch_size=500), ClosedFormConfig.model_validate(SMALL), 0.7)
 
 
 def _fake(algorithm: Any, beta: float, gaps: list[float]) -> Curve:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf import DistributedConfig, LoRAConfig, PPOTrainer, UserError
+from rlhf import LoRAConfig, PPOTrainer, UserError
 from rlhf.config import RLHFConfig
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.records import prompt_to_json
@@ -20,10 +19,11 @@ from rlhf.stages.ppo import loop
 from rlhf.stages.ppo.models import AdapterActorCritic
 from rlhf.stages.sampling import load_encoded_prompts
 from rlhf.trainer.adapters import lora_config
+from tests import trainer_example
 from tests.adapter_example import LORA, write_adapter
 from tests.ppo_example import ppo_config, ppo_context, write_models
+from tests.trainer_example import process_state
 
-PROMPTS = ["the good film was", "the bad book was", "the fine film and"]
 ADAPTERS = {"type": "lora", "rank": LORA.rank, "alpha": LORA.alpha}
 Folders = dict[str, str]
 
@@ -40,28 +40,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @pytest.fixture(autouse=True)
 def _process_state() -> Iterator[None]:
-    environment, threads, mode = dict(os.environ), torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(threads)
-    torch.set_deterministic_debug_mode(mode)
-
-
-def words(completions: list[str]) -> list[float]:
-    return [len(text) / 10 for text in completions]
+    with process_state():
+        yield
 
 
 def make(model: Any, **changes: Any) -> PPOTrainer:
-    defaults: dict[str, Any] = {
-        "train_dataset": PROMPTS,
-        "args": ppo_config(num_epochs=1).ppo,
-        "distributed": DistributedConfig(device="cpu"),
-        "verbose": False,
-    }
-    if "reward_model" not in changes:
-        defaults["reward_funcs"] = words
-    return PPOTrainer(model, **{**defaults, **changes})
+    return trainer_example.make(model, **{"args": ppo_config(num_epochs=1).ppo, **changes})
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from rlhf.rewards.protocol import RewardError
 from rlhf.trainer.ranks import check_equal, check_sizes, start_runtime
 from tests.ppo_example import ppo_config, write_models
 from tests.stage_example import one_process
+from tests.trainer_example import CPU, process_state
 
-CPU = DistributedConfig(device="cpu")
 Change = Callable[[dict[str, str]], dict[str, Any]]
 
 
@@ -31,12 +30,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def _process_state() -> Iterator[None]:
-    environment, threads, mode = dict(os.environ), torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(threads)
-    torch.set_deterministic_debug_mode(mode)
+    with process_state():
+        yield
 
 
 def zeros(completions: list[str]) -> list[float]:
