@@ -8,9 +8,10 @@ to response token t: they come from the state before it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,7 +27,8 @@ KLEstimator = Literal["k1", "k2", "k3"]
 _ESTIMATORS = {"k1": kl_estimators.k1, "k2": kl_estimators.k2, "k3": kl_estimators.k3}
 
 
-def _schema(kind: type[Batch]) -> dict[str, type[Batch] | str]:
+@functools.cache
+def _schema(kind: Any) -> dict[str, type[Batch] | str]:
     """Each field of a batch: the class of the batch it wraps, or the axes of its tensor as its annotation has them."""
     return {
         name: hint if isinstance(hint, type) and issubclass(hint, Batch) else hint.dim_str.strip()

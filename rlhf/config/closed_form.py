@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.config.base import PositiveFloat, PositiveInt, Section
+from rlhf.config.base import PositiveFloat, PositiveInt, Probability, Section
 
 Algorithm = Literal["ppo", "rloo", "grpo", "dpo"]
 # Enumerating more than this is no longer a matter of milliseconds.
@@ -65,11 +65,14 @@ class ClosedFormConfig(Section):
     num_tokens: Annotated[int, Field(ge=3, le=27)] = Field(8, description="size of the vocabulary, EOS included")
     max_response_tokens: PositiveInt = Field(3, description="longest response, EOS included")
     num_prompts: PositiveInt = Field(4, description="prompts, of one to three tokens, each with another first one")
-    reward_scale: PositiveFloat = Field(1.0, description="standard deviation of the normal rewards of the responses")
+    reward_scale: PositiveFloat = Field(1.0, description="standard deviation of the rewards")
+    interaction_share: Probability = Field(
+        0.05, description="share of the rewards' variance that belongs to whole responses; the rest to their tokens"
+    )
     reference_scale: PositiveFloat = Field(0.5, description="standard deviation of the reference's logits")
 
     hidden_size: PositiveInt = Field(32, description="width of the model (Llama architecture)")
-    num_layers: PositiveInt = Field(1, description="its layers")
+    num_layers: PositiveInt = Field(2, description="its layers")
     num_heads: PositiveInt = Field(2, description="its attention heads")
 
     num_responses: PositiveInt = Field(65_536, description="sampled responses each algorithm may use, for each beta")

@@ -99,9 +99,7 @@ class PPOConfig(Section):
     )
 
     # Scores.
-    rewards: Rewards = Field(
-        {}, description="rewards by name, with a type and a weight; none: the reward model alone"
-    )
+    rewards: Rewards = Field({}, description="rewards by name, with a type and a weight; none: the reward model alone")
     score_normalization: Literal["reward_model", "running", "none"] = Field(
         "reward_model",
         description="shift and scale by each reward model's own statistics, by those of all scores so far, or not",

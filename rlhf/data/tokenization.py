@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 from rlhf.config.data import DataConfig
 from rlhf.data.splits import SPLITS, BadRow, Origin, SplitName, Splits, is_empty, refuse_or_skip
@@ -167,7 +168,18 @@ def unusable(
 # --- plain text -------------------------------------------------------------------------------------------------------
 
 
+_known_traits: WeakKeyDictionary[PreTrainedTokenizerBase, _Traits] = WeakKeyDictionary()
+
+
 def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
+    """How the tokenizer frames a text: found once, since it is asked for with every text."""
+    traits = _known_traits.get(tokenizer)
+    if traits is None:
+        traits = _known_traits[tokenizer] = _find_traits(tokenizer)
+    return traits
+
+
+def _find_traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
     bare = _encode(tokenizer, PROBE)
     framed = list(tokenizer.encode(PROBE, add_special_tokens=True, verbose=False))
     start = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)

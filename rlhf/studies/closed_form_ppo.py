@@ -42,7 +42,8 @@ def check_section(section: PPOConfig) -> None:
     for name, value, reason in _FIXED:
         if getattr(section, name) != value:
             raise ConfigError(
-                f"ppo.{name} must be {value} in stage closed_form, not {getattr(section, name)}: {reason}. Leave it out."
+                f"ppo.{name} must be {value} in stage closed_form, not {getattr(section, name)}: {reason}. Leave it "
+                "out."
             )
 
 

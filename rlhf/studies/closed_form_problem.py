@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from rlhf.config.closed_form import ClosedFormConfig
-from rlhf.evaluation.closed_form import Response, Standing, enumerate_responses, optimum, response_table, standing
+from rlhf.evaluation.closed_form import (
+    Response,
+    Standing,
+    enumerate_responses,
+    optimum,
+    response_table,
+    right_padded,
+    standing,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,9 +80,7 @@ def make_problem(config: ClosedFormConfig, seed: int) -> Problem:
     ids = _prompt_ids(config)
     prompts = tuple(str(tokenizer.decode(list(one))) for one in ids)
     responses = tuple(enumerate_responses(config.num_tokens, EOS_ID, config.max_response_tokens))
-    generator = torch.Generator().manual_seed(seed * 1_000 + _REWARD_STREAM)
-    # float32 numbers, so that a reward is the same number wherever it goes.
-    rewards = config.reward_scale * torch.randn(len(ids), len(responses), generator=generator)
+    rewards = _rewards(config, responses, seed)
     return Problem(
         prompts=prompts,
         prompt_ids=ids,
@@ -87,6 +93,26 @@ def make_problem(config: ClosedFormConfig, seed: int) -> Problem:
         _rows={prompt: row for row, prompt in enumerate(prompts)},
         _columns={response: column for column, response in enumerate(responses)},
     )
+
+
+def _rewards(config: ClosedFormConfig, responses: Sequence[Response], seed: int) -> Tensor:
+    """Random rewards (P, N) of standard deviation `reward_scale` for each prompt, float64 of float32 values.
+
+    With u, v independent and normal: sqrt(1 - s) * (sum over places t of u[prompt, t, token t]), standardised over the
+    responses, + sqrt(s) * v[prompt, response]. A place behind the end has a term of its own.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000 + _REWARD_STREAM)
+    num_prompts, places = config.num_prompts, config.max_response_tokens
+    terms = torch.randn(num_prompts, places, config.num_tokens + 1, generator=generator)
+    ids, mask = right_padded(responses, pad_id=0)
+    tokens = torch.where(mask, ids, config.num_tokens)
+    additive = torch.stack([terms[:, place, tokens[:, place]] for place in range(places)]).sum(0)
+    additive = (additive - additive.mean(1, keepdim=True)) / additive.std(1, keepdim=True)
+    whole = torch.randn(num_prompts, len(responses), generator=generator)
+    share = config.interaction_share
+    # float32 numbers, so that a reward is the same number wherever it goes.
+    rewards: Tensor = config.reward_scale * ((1.0 - share) ** 0.5 * additive + share**0.5 * whole)
+    return rewards.double()
 
 
 def _prompt_ids(config: ClosedFormConfig) -> tuple[Response, ...]:

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rlhf.config import RLHFConfig
-from rlhf.config.ppo import PPOConfig
 from rlhf.config.closed_form import ClosedFormConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluation import closed_form as maths
 from rlhf.models.generation import generate
@@ -332,7 +332,7 @@ def test_settings_that_would_measure_something_else_are_refused(settings: dict[s
 
 
 def test_a_batch_that_does_not_fill_the_budget_is_refused() -> None:
-    with pytest.raises(ConfigError, match="must be a multiple of ppo.batch_size"):
+    with pytest.raises(ConfigError, match=r"must be a multiple of ppo.batch_size"):
         ppo_section(PPOConfig(batch_size=500), ClosedFormConfig.model_validate(SMALL), 0.7)
 
 

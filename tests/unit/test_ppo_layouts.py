@@ -14,10 +14,10 @@ from rlhf.batches import PPOBatch, make_ppo_batch
 from rlhf.config import RLHFConfig
 from rlhf.models.loading import load_policy
 from rlhf.stages.ppo import loop
+from rlhf.stages.ppo.findings import SelfTestError
 from rlhf.stages.ppo.models import AdapterActorCritic, ReferenceRole
-from rlhf.stages.ppo.prepare import load_models
+from rlhf.stages.ppo.prepare import load_models, prepare_job
 from rlhf.stages.ppo.rewards import RewardRole
-from rlhf.stages.ppo.self_test import SelfTestError
 from tests.adapter_example import LORA, write_adapter
 from tests.ppo_example import ppo_config, ppo_context, write_models
 from tests.stage_example import metrics_of
@@ -152,7 +152,7 @@ def test_row_27_one_update_changes_every_trained_adapter_and_nothing_else(layout
     inputs, sections = layouts["sft_adapter"]
     context = ppo_context(_config(sections), tmp_path, inputs)
     before = {name: value.clone() for name, value in load_models(context).actor_critic.state_dict().items()}
-    job = loop.prepare_job(context)
+    job = prepare_job(context)
     loop.train(job)
     after = job.models.actor_critic.state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
