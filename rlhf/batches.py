@@ -8,10 +8,9 @@ to response token t: they come from the state before it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_type_hints
+from typing import Literal, Self, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,13 +26,17 @@ KLEstimator = Literal["k1", "k2", "k3"]
 _ESTIMATORS = {"k1": kl_estimators.k1, "k2": kl_estimators.k2, "k3": kl_estimators.k3}
 
 
-@functools.cache
-def _schema(kind: Any) -> dict[str, type[Batch] | str]:
+_schemas: dict[type[Batch], dict[str, type[Batch] | str]] = {}
+
+
+def _schema_of(kind: type[Batch]) -> dict[str, type[Batch] | str]:
     """Each field of a batch: the class of the batch it wraps, or the axes of its tensor as its annotation has them."""
-    return {
-        name: hint if isinstance(hint, type) and issubclass(hint, Batch) else hint.dim_str.strip()
-        for name, hint in get_type_hints(kind).items()
-    }
+    if kind not in _schemas:
+        _schemas[kind] = {
+            name: hint if isinstance(hint, type) and issubclass(hint, Batch) else hint.dim_str.strip()
+            for name, hint in get_type_hints(kind).items()
+        }
+    return _schemas[kind]
 
 
 class Batch:
@@ -46,7 +49,7 @@ class Batch:
     def _with_axes(self) -> dict[str, tuple[Tensor, str]]:
         """Every tensor by name, wrapped batches included, with its axes: `B`, `B P` or `B R`."""
         result: dict[str, tuple[Tensor, str]] = {}
-        for name, kind in _schema(type(self)).items():
+        for name, kind in _schema_of(type(self)).items():
             value = getattr(self, name)
             result |= {name: (value, kind)} if isinstance(kind, str) else value._with_axes()
         return result
@@ -56,7 +59,7 @@ class Batch:
 
     def _check_shapes(self, num_rows: int, num_columns: int) -> None:
         """Raises `ValueError` naming the first own tensor whose shape is neither (B,) nor (B, `num_columns`)."""
-        for name, axes in _schema(type(self)).items():
+        for name, axes in _schema_of(type(self)).items():
             if not isinstance(axes, str):
                 continue
             expected = (num_rows,) if axes == "B" else (num_rows, num_columns)
@@ -82,7 +85,7 @@ class Batch:
         return cls(
             **{
                 name: tensors[name] if isinstance(kind, str) else kind.from_tensors(tensors)
-                for name, kind in _schema(cls).items()
+                for name, kind in _schema_of(cls).items()
             }
         )
 
