@@ -196,7 +196,7 @@ def load_policy(
     check_no_missing_weights(result[1]["missing_keys"], path, key)
     own_memory(model)
     train_every_embedding(model)
-    _mend_generation_config(model)
+    mend_generation_config(model)
     model.eval()
     return model
 
@@ -234,7 +234,7 @@ def own_memory(model: nn.Module) -> None:
         parameter.data = parameter.data.clone()
 
 
-def _mend_generation_config(model: PreTrainedModel) -> None:
+def mend_generation_config(model: PreTrainedModel) -> None:
     """Some published models set a temperature without sampling, which transformers then refuses to save."""
     generation = model.generation_config
     if generation is not None and not generation.do_sample:

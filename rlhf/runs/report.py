@@ -83,7 +83,10 @@ def _results(run: RunFolder, config: Mapping[str, Any]) -> str:
     count = results.estimate(result.summary.get("num_prompts")) if result else None
     size = f" on {count.value:,.0f} held-out prompts" if count else ""
     fold = f"<h3>Before and after{size}</h3>{table}" if table else ""
-    return f'<section id="results"><h2>Results</h2>{sections.headline(rows)}{fold}</section>'
+    study = run.stage("closed_form").read_result()
+    gaps = sections.gap_table(results.gap_rows(study.summary)) if study else ""
+    headline = "" if gaps and not rows else sections.headline(rows)
+    return f'<section id="results"><h2>Results</h2>{headline}{fold}{gaps}</section>'
 
 
 def _curves(run: RunFolder) -> str:

@@ -287,11 +287,9 @@ def _score(score: Estimate | None) -> str:
 
 
 def stage_table(rows: Iterable[results.StageRow]) -> str:
-    """Status, time, memory and the first results of each stage; behind it the table of the study `closed_form`."""
-    lines, study = [], ""
+    """Status, time, memory and the first results of each stage."""
+    lines = []
     for row in rows:
-        if row.name == "closed_form":
-            study = gap_table(results.gap_rows(row.summary))
         found = [(name, results.estimate(value)) for name, value in row.summary.items()]
         numbers = [f"{escape(results.label(name))} {results.format_estimate(value)}" for name, value in found if value]
         lines.append(
@@ -306,7 +304,6 @@ def stage_table(rows: Iterable[results.StageRow]) -> str:
     return (
         '<div class="tablebox"><table><thead><tr><th>Stage</th><th>Status</th><th class="n">Time</th>'
         f'<th class="n">Peak memory</th><th>Results</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-        f"{study}"
     )
 
 

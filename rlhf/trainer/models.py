@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from rlhf.config.ppo import PPOConfig
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.loading import (
-    _mend_generation_config,
     check_vocabulary,
     disable_dropout,
     load_policy,
     load_tokenizer,
+    mend_generation_config,
     own_memory,
     place,
     train_every_embedding,
@@ -94,7 +94,7 @@ def language_model(source: object, name: str, dtype: torch.dtype) -> PreTrainedM
             "to sequence model with its head"
         )
     # Else the trained model might be refused when it is saved.
-    _mend_generation_config(source)
+    mend_generation_config(source)
     return _adopt(source, dtype)
 
 

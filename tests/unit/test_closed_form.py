@@ -26,7 +26,7 @@ from rlhf.evaluation import closed_form as maths
 from rlhf.models.generation import generate
 from rlhf.models.sampling import row_uniforms
 from rlhf.ops.sequences import left_pad
-from rlhf.runs import console, report_sections, results
+from rlhf.runs import console, report, report_sections, results
 from rlhf.runs.folder import RunFolder, StageResult
 from rlhf.runs.manifest import SCHEMA
 from rlhf.studies import closed_form, closed_form_tables
@@ -236,7 +236,14 @@ def test_every_response_has_its_own_reward_also_where_one_text_begins_another() 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("reward_scale", 2.0), ("reference_scale", 2.0), ("hidden_size", 16), ("num_layers", 2), ("num_heads", 4)],
+    [
+        ("reward_scale", 2.0),
+        ("reference_scale", 2.0),
+        ("hidden_size", 16),
+        ("num_layers", 1),
+        ("num_heads", 4),
+        ("interaction_share", 0.5),
+    ],
 )
 def test_settings_of_the_problem_change_it(name: str, value: Any) -> None:
     plain, changed = _problem(), _problem(**{name: value})
@@ -252,7 +259,7 @@ def test_settings_of_the_problem_change_it(name: str, value: Any) -> None:
         ({"num_tokens": 27, "max_response_tokens": 5}, "cannot be enumerated"),
         ({"num_prompts": 8}, "at most num_tokens - 1"),
         ({"betas": (0.1, 0.1)}, "twice"),
-        ({"num_responses": 1000}, "multiple of ppo.batch_size"),
+        ({"num_responses": 1000}, "multiple of rloo.batch_size"),
         ({"hidden_size": 30, "num_heads": 4}, "multiple of 2 x num_heads"),
         ({"rloo": {"batch_size": 100}}, "num_generations"),
     ],
@@ -401,7 +408,7 @@ def test_the_summary_becomes_a_table_in_console_and_report(tmp_path: Path) -> No
     console.print_summary(run, stream)
     assert "Gap to the exact optimum" in stream.getvalue()
     assert "0.0123" in stream.getvalue()
-    html = report_sections.stage_table(results.stage_rows(run))
+    html = report.render_report(run)
     assert "0.0123" in html
     assert "Distance from the exact optimum" in html
 
