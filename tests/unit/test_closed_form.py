@@ -242,7 +242,6 @@ def test_every_response_has_its_own_reward_also_where_one_text_begins_another() 
         ("hidden_size", 16),
         ("num_layers", 1),
         ("num_heads", 4),
-        ("interaction_share", 0.5),
     ],
 )
 def test_settings_of_the_problem_change_it(name: str, value: Any) -> None:
@@ -336,6 +335,17 @@ def test_ppo_takes_beta_length_and_budget_from_the_study() -> None:
 def test_settings_that_would_measure_something_else_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"ppo.{next(iter(settings))} must be"):
         check_section(PPOConfig.model_validate({"batch_size": 512, **settings}))
+
+
+def test_without_interactions_the_reward_is_a_sum_over_tokens() -> None:
+    """r(ab) + r(cd) = r(ad) + r(cb) for two-word responses then, and not otherwise."""
+    additive, mixed = _problem(interaction_share=0.0), _problem(interaction_share=0.5)
+    columns = {response: column for column, response in enumerate(additive.responses)}
+    quads = [columns[(a, b, 0)] for a, b in ((1, 1), (2, 2), (1, 2), (2, 1))]
+    for problem, equal in ((additive, True), (mixed, False)):
+        one, two, three, four = (problem.rewards[0, column] for column in quads)
+        assert torch.isclose(one + two, three + four, atol=1e-5) == equal
+    assert additive.rewards.std(1) == pytest.approx(torch.ones(len(additive.prompts)), rel=1e-4)
 
 
 def test_a_batch_that_does_not_fill_the_budget_is_refused() -> None:
