@@ -17,6 +17,7 @@ import rlhf
 from rlhf import data
 from rlhf.config import RLHFConfig, StageName
 from rlhf.config.peft import uses_lora
+from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
 from rlhf.data.templates import chat_template
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.paths import base_of, check_model_path, is_adapter, is_local
@@ -28,13 +29,10 @@ from rlhf.runs.folder import RunFolder
 # Raised when the code of a stage changes so that an old result is no longer what the same config gives.
 FINGERPRINT_VERSION = 2
 
-# Keys that do not decide what comes out: how often something is written, who watches, and where inputs lie (their
-# content counts).
+# Keys that do not decide what comes out: how often something is written, and where inputs lie (their content counts).
 _BOOKKEEPING = {
     "save_every",
     "keep_checkpoints",
-    "self_test",
-    "guards",
     "policy",
     "reference",
     "reward_model",
@@ -222,6 +220,7 @@ def stage_fingerprint(config: RLHFConfig, stage: StageName, inputs: Mapping[str,
     if stage == "closed_form":
         section["ppo"] = config.ppo.model_dump(mode="json")
     if stage == "ppo":
+        section = {name: value for name, value in section.items() if name not in PPO_BOOKKEEPING}
         # The rewards' files count by their content, wherever they lie; their models are inputs.
         section["rewards"] = reward_checks.content_hash(config.ppo.rewards)
     template = config.model.chat_template

@@ -9,6 +9,24 @@ from pydantic import Field, model_validator
 from rlhf.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 from rlhf.config.rewards import Rewards
 
+# Fields that change what is written down, memory, rounding, or who watches, and not what comes out: a training may go
+# on with other values of them.
+BOOKKEEPING = frozenset(
+    {
+        "samples_every",
+        "num_samples_shown",
+        "exact_kl_rows",
+        "save_every",
+        "keep_checkpoints",
+        "self_test",
+        "guards",
+        "micro_batch_size",
+        "rollout_batch_size",
+        "gradient_checkpointing",
+        "logprob_chunk_tokens",
+    }
+)
+
 
 class PPOConfig(Section):
     """PPO (Schulman et al. 2017) on one-step episodes of tokens, as in Ziegler et al. 2019.
@@ -32,7 +50,7 @@ class PPOConfig(Section):
         None, description="updates after which the reference becomes the policy, again and again; null: never"
     )
     ema_decay: Probability | None = Field(
-        None, description="publish the moving average of the policy, with this decay an update; null: the last policy"
+        None, description="publish the moving average of the policy, with this decay an update; null: the policy", lt=1
     )
 
     # Sizes.
@@ -66,8 +84,8 @@ class PPOConfig(Section):
     critic_warmup_updates: NonNegativeInt = Field(
         0, description="first updates in which the critic learns and the policy does not"
     )
-    adam_beta1: Probability = Field(0.9, description="decay of the first moment")
-    adam_beta2: Probability = Field(0.999, description="decay of the second moment")
+    adam_beta1: Probability = Field(0.9, description="decay of the first moment", lt=1)
+    adam_beta2: Probability = Field(0.999, description="decay of the second moment", lt=1)
     adam_epsilon: PositiveFloat = Field(1e-5, description="epsilon outside the square root")
     adam_epsilon_placement: Literal["torch", "tensorflow"] = Field(
         "torch", description="epsilon after or before the bias correction; tensorflow is lm-human-preferences'"

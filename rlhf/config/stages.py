@@ -22,6 +22,8 @@ class SamplingConfig(Section):
 
     temperature: PositiveFloat = Field(1.0, description="logits are divided by it, in sampling and in scoring")
     max_response_tokens: PositiveInt = Field(32, description="longest response, EOS included")
+    min_response_tokens: NonNegativeInt = Field(0, description="stop tokens cannot be drawn before this many tokens")
+    stop_tokens: tuple[str, ...] = Field((), description="tokens that end a response, besides EOS and the model's own")
     batch_size: PositiveInt = Field(128, description="responses sampled at a time on a rank")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,10 +222,11 @@ class TrainingEngine:
         with deepspeed.zero.GatheredParameters(list(self.unwrapped.parameters()), modifier_rank=0):
             yield self.unwrapped
 
-    def state_dict_for_saving(self, prefix: str = "") -> dict[str, torch.Tensor]:
+    def state_dict_for_saving(self, prefix: str = "", names: Set[str] | None = None) -> dict[str, torch.Tensor]:
         """On rank 0 the whole weights on the CPU, without `prefix` and only those that have it; on the others nothing.
 
-        float32, except bfloat16 under ZeRO with bf16. Every rank must call it. Weights that share memory still do.
+        `names` are the ones that are wanted, in the module's own words; None: all. float32, except bfloat16 under ZeRO
+        with bf16. Every rank must call it. Weights that share memory still do.
         """
         state: Mapping[str, torch.Tensor] | None
         if self.zero_stage == 3:
@@ -237,7 +238,7 @@ class TrainingEngine:
         copies: dict[tuple[Any, ...], torch.Tensor] = {}
         result = {}
         for name, value in state.items():
-            if name.startswith(prefix):
+            if name.startswith(prefix) and (names is None or name in names):
                 key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
                 result[name.removeprefix(prefix)] = copies.setdefault(key, value.detach().to("cpu", copy=True))
         return result

@@ -306,7 +306,7 @@ def inject_adapter(model: PreTrainedModel, settings: LoraConfig, name: str, weig
     if weights is None:
         return
     given = {key.removeprefix(_PREFIX): value for key, value in weights.items()}
-    names = {part: part.replace(f".{name}.", ".") for part in mine}
+    names = {part: without_name(part, name) for part in mine}
     missing = sorted(set(names.values()) - set(given))
     if missing or len(given) != len(names):
         raise ValueError(f"{len(given)} matrices do not fit an adapter of {len(names)}; missing: {missing[:3]}")
@@ -316,6 +316,11 @@ def inject_adapter(model: PreTrainedModel, settings: LoraConfig, name: str, weig
             if value.shape != matrix.shape:
                 raise ValueError(f"{names[part]} has shape {tuple(value.shape)}, expected {tuple(matrix.shape)}")
             matrix.copy_(value)
+
+
+def without_name(parameter: str, name: str) -> str:
+    """The dotted name of an adapter's matrix as files have it: without the adapter's own name before `weight`."""
+    return f"{parameter.removesuffix(f'.{name}.weight')}.weight"
 
 
 def is_of_adapter(parameter: str, name: str) -> bool:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.errors import ArtifactError
+
 
 @dataclass(frozen=True)
 class Suppressed:
@@ -86,5 +88,10 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
     tokens = torch.searchsorted(cumulative, uniforms.unsqueeze(-1) * total, right=True)
     # A number that rounds to the whole sum draws the last token that has any weight, not an excluded one behind it.
     tokens = torch.minimum(tokens, torch.searchsorted(cumulative, total))
+    if not bool(total.isfinite().all()):
+        raise ArtifactError(
+            "the policy gives logits that are not finite, so nothing can be sampled: damaged weights, a training that "
+            "ran away, or an overflow in low precision (try distributed.precision=fp32)"
+        )
     logprobs = scaled.gather(-1, tokens) - largest - total.log().float()
     return tokens.squeeze(-1), logprobs.squeeze(-1)

@@ -31,6 +31,7 @@ from rlhf.models.adapters import (
     lora_settings,
     lora_weights,
     new_settings,
+    without_name,
     write_adapter,
 )
 from rlhf.models.loading import disable_dropout, load_policy
@@ -317,7 +318,7 @@ class SharedBase(nn.Module):
             raise ValueError(f"role {role} is the base {self.base_path}, which is a folder already")
         state = self.state_dict() if state_dict is None else state_dict
         weights = {
-            f"base_model.{name.replace(f'.{adapter}.', '.')}": value
+            f"base_model.{without_name(name, adapter)}": value
             for name, value in state.items()
             if is_of_adapter(name, adapter)
         }
@@ -364,7 +365,7 @@ def _inject_value(model: PreTrainedModel, source: str | None, base: str, wanted:
     key = "ppo.value_model"
     if source is None:
         matrices = {name: part for name, part in model.named_parameters() if is_of_adapter(name, "policy")}
-        weights = {name.replace(".policy.", "."): part.detach().clone() for name, part in matrices.items()}
+        weights = {without_name(name, "policy"): part.detach().clone() for name, part in matrices.items()}
         inject_adapter(model, wanted, "value", weights)
         return torch.zeros(1, int(model.config.hidden_size))
     if not is_adapter(source) or not _is_on(source, base, key):

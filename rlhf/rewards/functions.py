@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,10 @@ from rlhf.rewards.protocol import RewardBatch, RewardError, shown
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # A name of our own, so that no module called like the file is hidden.
 _MODULE_PREFIX = "rlhf_reward_file_"
+
+
+# Beyond this a number is infinite in float32.
+_LARGEST = 3.0e38
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class FunctionScorer:
         try:
             result = self.function(**given)
             if inspect.isawaitable(result):
-                result = asyncio.run(_awaited(result))
+                result = _run_to_end(result)
         # Somebody else's code may raise anything; where and what is all that can be said.
         except Exception as error:
             raise RewardError(f"reward {self.name}: {self._failure(error)}") from error
@@ -127,17 +132,28 @@ class FunctionScorer:
             return math.nan
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
+        if type(value).__module__ == "numpy" and hasattr(value, "item"):
+            value = value.item()
         if not isinstance(value, numbers.Real):
             raise RewardError(
                 f"reward {self.name}: the function returned {_described(value)} for the response {shown(response)}; "
                 "expected a number, or None where the reward does not apply"
             )
-        if not math.isfinite(value):
+        number = _as_float(value)
+        if not math.isfinite(number) or abs(number) > _LARGEST:
             raise RewardError(
-                f"reward {self.name}: the function returned {float(value)} for the response {shown(response)}; "
+                f"reward {self.name}: the function returned {number} for the response {shown(response)}; "
                 "expected a finite number, or None where the reward does not apply"
             )
+        return number
+
+
+def _as_float(value: Any) -> float:
+    """The number as a float; infinite where it is too large for one."""
+    try:
         return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def load_function(config: FunctionReward, name: str) -> FunctionScorer:
@@ -167,6 +183,16 @@ def load_function(config: FunctionReward, name: str) -> FunctionScorer:
     if not callable(function):
         raise ConfigError(f"{key}.function={config.function}: {path} defines no function of that name")
     return FunctionScorer(function, name, config.arguments)
+
+
+def _run_to_end(result: Any) -> Any:
+    """What an awaitable gives, also where an event loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_awaited(result))
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(lambda: asyncio.run(_awaited(result))).result()
 
 
 async def _awaited(result: Any) -> Any:

@@ -24,7 +24,7 @@ from rlhf.data.embedded import gold_reward
 from rlhf.rewards.protocol import Reward, RewardBatch, RewardError, shown
 
 # A number as people write it: a sign, digits with or without commas between thousands, a fraction.
-NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)|(?<![\w.])[-+]?\.\d+(?!\w)")
+NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w]|[.,]\d)|(?<![\w.])[-+]?\.\d+(?!\w)")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from rlhf.stages.sampling import (
     load_encoded_prompts,
     require_prompts,
     sample_batch,
+    sampling_rules,
 )
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def _sample_pairs(
     """`num_pairs` pairs over the prompts in order, starting again when they run out; each rank samples its share."""
     section, runtime = context.config.collect, context.runtime
     rows = [(number, prompts[number % len(prompts)], number // len(prompts)) for number in range(num_pairs)]
+    stop_ids, suppressed = sampling_rules(policy, tokenizer, section.sampling, "collect.sampling")
     mine: list[tuple[int, str, str]] = []
     for batch in in_batches(rows[runtime.rank :: runtime.world_size], max(section.sampling.batch_size // 2, 1)):
         sampled = sample_batch(
@@ -117,6 +119,8 @@ def _sample_pairs(
             temperature=section.sampling.temperature,
             max_response_tokens=section.sampling.max_response_tokens,
             device=runtime.device,
+            stop_ids=stop_ids,
+            suppressed=suppressed,
         )
         texts = decode_responses(tokenizer, sampled.response_ids, sampled.response_mask)
         mine += [

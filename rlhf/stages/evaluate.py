@@ -31,6 +31,7 @@ from rlhf.stages.sampling import (
     load_encoded_prompts,
     require_prompts,
     sample_batch,
+    sampling_rules,
 )
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def _answer(
     """Each rank answers its share of the prompts; every rank gets all answers."""
     sampling, runtime = context.config.evaluate.sampling, context.runtime
     check_positions(model, max(len(prompt.ids) for prompt in prompts) + sampling.max_response_tokens)
+    stop_ids, suppressed = sampling_rules(model, tokenizer, sampling, "evaluate.sampling")
     mine: list[tuple[int, str, int, bool, float]] = []
     numbered = list(enumerate(prompts))[runtime.rank :: runtime.world_size]
     for batch in in_batches(numbered, sampling.batch_size):
@@ -131,6 +133,8 @@ def _answer(
             temperature=sampling.temperature,
             max_response_tokens=sampling.max_response_tokens,
             device=runtime.device,
+            stop_ids=stop_ids,
+            suppressed=suppressed,
         )
         kl = torch.zeros(len(batch))
         if reference is not None:
@@ -141,6 +145,7 @@ def _answer(
                     attention_mask=torch.cat([sampled.prompt_mask, sampled.response_mask], dim=1),
                     num_prompt=sampled.prompt_ids.shape[1],
                     temperature=sampling.temperature,
+                    suppressed=suppressed,
                 )
             difference = torch.where(sampled.response_mask, sampled.logprobs - logprobs, 0.0)
             kl = difference.sum(dim=1).cpu()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.data import DataConfig
+from rlhf.config.stages import SamplingConfig
 from rlhf.data import load_prompts
 from rlhf.data.splits import SPLITS, SplitName
 from rlhf.data.tokenization import decode_response, encode_prompt, fit_lengths
@@ -102,6 +103,16 @@ def stop_token_ids(
             *(_stop_token_id(tokenizer, token, key) for token in more),
         }
     )
+
+
+def sampling_rules(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig, key: str
+) -> tuple[list[int], Suppressed | None]:
+    """The stop ids of a section `sampling`, named by `key`, and what its least length suppresses."""
+    stop_ids = stop_token_ids(model, tokenizer, sampling.stop_tokens, f"{key}.stop_tokens")
+    if not sampling.min_response_tokens:
+        return stop_ids, None
+    return stop_ids, Suppressed(tuple(stop_ids), sampling.min_response_tokens)
 
 
 def _stop_token_id(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> int:

@@ -31,7 +31,7 @@ class Evaluation(Callback):
         self.seed = seed
 
     def on_update(self, view: TrainingView, step: int, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
-        if step % self.every and step != self.section.num_updates:
+        if step % self.every and step != self.section.num_updates and not view.stop:
             return None
         with view.policy() as policy:
             return evaluate(policy, view.models, self.prompts, view.runtime, self.section, self.seed)

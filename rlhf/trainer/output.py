@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config.ppo import PPOConfig
+from rlhf.config.ppo import BOOKKEEPING, PPOConfig
 from rlhf.config.tracking import TrackingConfig
 from rlhf.distributed.checkpoints import latest_checkpoint
 from rlhf.errors import ConfigError
@@ -27,15 +27,13 @@ if TYPE_CHECKING:
 
 STAGE = "ppo"
 SETTINGS_FILE = "trainer.json"
-# Fields that change nothing but what is written down.
-_BOOKKEEPING = frozenset({"samples_every", "num_samples_shown", "save_every", "keep_checkpoints"})
 
 
 def settings_of(
     args: PPOConfig, seed: int, prompts: Sequence[EncodedPrompt], rewards: Mapping[str, float], policy: str
 ) -> dict[str, Any]:
     """What must be equal for a training to be continued. `policy` describes the architecture."""
-    section = {name: value for name, value in args.model_dump(mode="json").items() if name not in _BOOKKEEPING}
+    section = {name: value for name, value in args.model_dump(mode="json").items() if name not in BOOKKEEPING}
     return {
         **{f"args.{name}": value for name, value in section.items()},
         "seed": seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ from torch import Tensor
 
 from rlhf.batches import PPOBatch, make_ppo_batch
 from rlhf.config.ppo import PPOConfig
+from rlhf.config.stages import SamplingConfig
 from rlhf.distributed.checkpoints import latest_checkpoint
 from rlhf.errors import ConfigError
 from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.models.sampling import Suppressed
 from rlhf.models.scoring import response_logprobs
 from rlhf.ops.moments import RunningMoments
 from rlhf.stages.ppo import loop
+from rlhf.stages.ppo.job import Callback, TrainingView
 from rlhf.stages.ppo.prepare import load_models, prepare_job
 from rlhf.stages.ppo.rollout import choose_prompts, gather_experience, transform_scores
 from rlhf.stages.ppo.state import TrainingState
 from rlhf.stages.ppo.update import Updater, minibatches, num_micro_batches
-from rlhf.stages.sampling import EncodedPrompt, stop_token_ids
+from rlhf.stages.sampling import EncodedPrompt, sampling_rules, stop_token_ids
 from tests.ppo_example import ppo_config, ppo_context, write_models
 from tests.stage_example import metrics_of, weight_bytes
 
@@ -402,3 +406,38 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(inputs: dict[str,
     del given["value_model"]
     loop.run(ppo_context(ppo_config(value_init="policy"), tmp_path / "run", given))
     assert metrics_of(tmp_path / "run", "ppo")[0]["ppo/score_std"] > 0
+
+
+def test_the_average_comes_back_to_the_main_rank_alone(inputs: dict[str, str], tmp_path: Path) -> None:
+    """The others have no weights to put it into when the policy is published."""
+    models = load_models(ppo_context(ppo_config(), tmp_path, inputs))
+    state = TrainingState.start(PPOConfig(ema_decay=0.5))
+    assert state.average is not None
+    state.average.update({"policy.x": torch.ones(2)})
+    saved = state.to_checkpoint(models)
+    for is_main in (True, False):
+        other = TrainingState.start(PPOConfig(ema_decay=0.5))
+        other.from_checkpoint(saved, models, is_main=is_main)
+        assert other.average is not None
+        assert bool(other.average.weights) == is_main
+
+
+def test_a_callback_ends_the_training(inputs: dict[str, str], tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_update(self, view: TrainingView, step: int, metrics: Any) -> None:
+            view.stop = step == 2
+
+    job = dataclasses.replace(prepare_job(ppo_context(ppo_config(num_updates=4), tmp_path, inputs)), callbacks=[Stop()])
+    assert loop.train(job).state.update == 2
+    assert [line["step"] for line in metrics_of(tmp_path, "ppo")] == [1, 2]
+
+
+def test_what_samples_in_other_stages_stops_as_ppo_does(inputs: dict[str, str]) -> None:
+    model, tokenizer = load_policy(inputs["policy"]), load_tokenizer(inputs["policy"])
+    rules = sampling_rules(
+        model, tokenizer, SamplingConfig(stop_tokens=("e",), min_response_tokens=3), "evaluate.sampling"
+    )
+    assert rules[0] == stop_token_ids(model, tokenizer, ("e",))
+    assert rules[1] == Suppressed(tuple(rules[0]), 3)
+    with pytest.raises(ConfigError, match=r"evaluate\.sampling\.stop_tokens names 'a whole sentence'"):
+        sampling_rules(model, tokenizer, SamplingConfig(stop_tokens=("a whole sentence",)), "evaluate.sampling")

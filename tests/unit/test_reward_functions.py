@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -202,3 +204,25 @@ def test_which_models_the_rewards_need() -> None:
     assert checks.needs_reward_model({"a": own, "b": other})
     assert not checks.needs_reward_model({"b": other, "c": LengthReward()})
     assert checks.reward_model_paths({"a": own, "b": other}) == {"b": str(Path.home() / "x")}
+
+
+def test_an_async_function_works_inside_a_running_loop() -> None:
+    """As in a notebook, whose cells run in one."""
+
+    async def slow(completions: list[str], **columns: object) -> list[float]:
+        await asyncio.sleep(0)
+        return [float(len(text)) for text in completions]
+
+    batch = make_batch(["xyz"])
+
+    async def cell() -> list[float]:
+        return FunctionScorer(slow, "slow").score(batch).tolist()
+
+    assert asyncio.run(cell()) == [3.0]
+
+
+def test_numbers_of_numpy_count_and_too_large_ones_are_named() -> None:
+    batch = make_batch(["x", "y"])
+    assert FunctionScorer(lambda **_: [np.bool_(True), np.float32(0.5)], "r").score(batch).tolist() == [1.0, 0.5]
+    with pytest.raises(RewardError, match="expected a finite number"):
+        FunctionScorer(lambda **_: [10**400, 1], "r").score(batch)

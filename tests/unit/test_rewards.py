@@ -33,7 +33,7 @@ from rlhf.rewards.build import LoadedModel, build_rewards, folder_loader
 from rlhf.rewards.composition import RewardSet, ScoreStatistics, WeightedReward, concatenate, part_means
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import RewardBatch, RewardError, columns_by_name
-from rlhf.rewards.rules import RuleConfig, make_rule, same_answer
+from rlhf.rewards.rules import NUMBER, RuleConfig, make_rule, same_answer
 from rlhf.stages.sampling import decode_responses, load_encoded_prompts
 from tests.ppo_example import write_models
 from tests.reward_example import make_batch, write_rewards
@@ -48,6 +48,11 @@ def scores(config: RuleConfig, batch: RewardBatch) -> list[float]:
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_number_before_a_unit_is_not_cut_at_its_fraction() -> None:
+    found = [NUMBER.findall(text) for text in ("72.5kg", "1,000.50m", "1.5e3", "3.5.", "7, or 8")]
+    assert found == [[], [], [], ["3.5"], ["7", "8"]]
 
 
 def test_length_falls_in_a_straight_line_outside_its_limits() -> None:

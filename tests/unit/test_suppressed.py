@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rlhf.errors import ArtifactError
 from rlhf.models.sampling import Suppressed, draw_tokens, suppress_logits
 from rlhf.ops.kl import full_kl
 from tests.unit.ragged import backward
@@ -51,3 +52,8 @@ def test_exact_kl_of_suppressed_logits() -> None:
     assert logits.grad.isfinite().all()
     assert (logits.grad[:, :2, [1, 4]] == 0).all()
     assert (logits.grad[:, :2, others].abs().sum(-1) > 0).all()
+
+
+def test_logits_that_are_not_finite_are_named() -> None:
+    with pytest.raises(ArtifactError, match="not finite"):
+        draw_tokens(torch.full((1, 5), torch.nan), torch.tensor([0.5], dtype=torch.float64), 1.0)

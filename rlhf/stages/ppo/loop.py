@@ -94,13 +94,21 @@ def train(job: PPOJob) -> Trained:
                 tracker.log_samples(state.update, sample_rows(experience, models, section.num_samples_shown))
             for warning in state.guards.check(state.update, metrics):
                 tracker.message(warning)
-            if view.stop:
+            if _someone_stops(job, view):
                 break
             if state.update % section.save_every == 0 and state.update < section.num_updates:
                 _save(job, engine, state)
         for callback in job.callbacks:
             callback.on_end(view, state.update)
     return Trained(engine, state, metrics)
+
+
+def _someone_stops(job: PPOJob, view: TrainingView) -> bool:
+    """Whether a callback asked for the end, on whichever rank: all ranks leave together."""
+    if not job.callbacks:
+        return False
+    wanted = torch.tensor([float(view.stop)], device=job.runtime.device)
+    return float(job.runtime.sum_over_ranks(wanted)) > 0
 
 
 def _begin(job: PPOJob, view: TrainingView, state: TrainingState, tracker: Tracker) -> None:
@@ -189,7 +197,7 @@ def _start_or_resume(job: PPOJob, engine: TrainingEngine) -> TrainingState:
     newest = latest_checkpoint(job.checkpoints) if job.runtime.is_main else None
     checkpoint = job.runtime.broadcast_object(newest)
     if checkpoint is not None:
-        state.from_checkpoint(engine.load_checkpoint(checkpoint), job.models)
+        state.from_checkpoint(engine.load_checkpoint(checkpoint), job.models, is_main=job.runtime.is_main)
     return state
 
 
@@ -204,7 +212,9 @@ def _save(job: PPOJob, engine: TrainingEngine, state: TrainingState) -> None:
 
 def _self_test(job: PPOJob, engine: TrainingEngine, batch: PPOBatch, experience: Experience) -> None:
     """Before the first step, on the first rollout. Every rank runs the same rows and comes to the same verdict."""
-    some = batch.rollout.select(torch.arange(min(_SELF_TEST_ROWS, len(batch))))
+    # No more than fits: the limits of a training forward hold here too.
+    size = job.section.micro_batch_size or job.section.rollout_batch_size
+    some = batch.rollout.select(torch.arange(min(_SELF_TEST_ROWS, size, len(batch))))
     check_first_rollout(
         job.models.facts,
         scored=batch.scored,

@@ -40,7 +40,7 @@ def part_writers(engine: TrainingEngine, models: PPOModels, average: MovingAvera
     nothing without the states of the policy it was trained on. All ranks call it.
     """
     state = engine.state_dict_for_saving()
-    if average is not None:
+    if average is not None and state:
         state |= {name: value.to(state[name].dtype) for name, value in average.weights.items()}
     module, tokenizer = models.actor_critic, models.tokenizer
     critic_tokenizer = models.critic_tokenizer or tokenizer

@@ -223,16 +223,18 @@ def exact_kl(models: PPOModels, rollout: Rollout, num_rows: int) -> Tensor:
 
     Its expectation is that of the sampled log-ratio, with far less variance.
     """
-    if num_rows == 0:
-        return torch.zeros(0)
-    part = rollout.select(torch.arange(num_rows, device=rollout.response_ids.device))
-    batch = token_batch(part)
-    with models.actor_critic.policy_role() as policy:
-        logits = batch.logits(policy, models.scoring)
-    with models.reference.role() as reference:
-        reference_logits = batch.logits(reference, models.scoring)
-    kl = full_kl(logits=logits, reference_logits=reference_logits, temperature=models.scoring.temperature)
-    return masked_sum(values=kl, mask=part.response_mask, dim=1)
+    sums = []
+    # Row by row: the logits of two models are in memory at once.
+    for row in range(num_rows):
+        part = rollout.select(torch.tensor([row], device=rollout.response_ids.device))
+        batch = token_batch(part)
+        with models.actor_critic.policy_role() as policy:
+            logits = batch.logits(policy, models.scoring)
+        with models.reference.role() as reference:
+            reference_logits = batch.logits(reference, models.scoring)
+        kl = full_kl(logits=logits, reference_logits=reference_logits, temperature=models.scoring.temperature)
+        sums.append(masked_sum(values=kl, mask=part.response_mask, dim=1))
+    return torch.cat(sums) if sums else torch.zeros(0)
 
 
 def transform_scores(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,8 @@ class TrainingState:
     ) -> None:
         """To the next update: beta by the KL that was seen, the average, and the reference when it is time."""
         self.update += 1
-        if self.adaptive_kl is not None:
+        # What is not finite is the guards' affair.
+        if self.adaptive_kl is not None and math.isfinite(kl_nats_per_sequence):
             self.adaptive_kl.update(kl_nats_per_sequence, section.batch_size)
         self.average_policy(engine)
         every = section.reference_refresh_every
@@ -90,9 +92,7 @@ class TrainingState:
     def average_policy(self, engine: TrainingEngine) -> None:
         """Takes the policy's present weights into the average. All ranks call it."""
         if self.average is not None:
-            names = trained_names(engine)
-            weights = engine.state_dict_for_saving()
-            self.average.update({name: value for name, value in weights.items() if name in names})
+            self.average.update(engine.state_dict_for_saving(names=trained_names(engine)))
 
     def refresh_reference(self, engine: TrainingEngine, models: PPOModels) -> None:
         """The reference becomes the policy. All ranks call it."""
@@ -111,15 +111,15 @@ class TrainingState:
             "reference": models.reference.state_dict() if self.reference_changed else None,
         }
 
-    def from_checkpoint(self, saved: Mapping[str, Any], models: PPOModels) -> None:
-        """Takes back what `to_checkpoint` gave."""
+    def from_checkpoint(self, saved: Mapping[str, Any], models: PPOModels, *, is_main: bool) -> None:
+        """Takes back what `to_checkpoint` gave; the average belongs to the main rank alone."""
         self.update = int(saved["update"])
         self.guards.load_state_dict(saved["guards"])
         if self.adaptive_kl is not None:
             self.adaptive_kl.load_state_dict(saved["adaptive_kl"])
         if self.score_moments is not None:
             self.score_moments.load_state_dict(saved["score_moments"])
-        if self.average is not None:
+        if self.average is not None and is_main:
             self.average.weights = dict(saved["average"])
         if saved["reference"] is not None:
             models.reference.load_state_dict(saved["reference"])
