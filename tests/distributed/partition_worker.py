@@ -48,8 +48,14 @@ CASES = [
 
 
 def config_of(case: Case, num_processes: int) -> RLHFConfig:
-    """All terms of the loss are on; one step, whose gradient norm is left as it is."""
+    """All terms of the loss are on; one step, whose gradient norm is left as it is.
+
+    Adam's first step divides a gradient by its own size plus epsilon. With the usual epsilon a gradient of 1e-6 moves
+    its weight as far as one of 1, and its rounding error with it; with 1e-3 the step is that of the gradient.
+    """
     body = ppo_config(
+        learning_rate=1e-3,
+        adam_epsilon=1e-3,
         batch_size=ROWS,
         num_epochs=1,
         num_minibatches=1,
