@@ -63,8 +63,7 @@ class FunctionScorer:
             result = self.function(**given)
             if inspect.isawaitable(result):
                 result = _run_to_end(result)
-        # Somebody else's code may raise anything; where and what is all that can be said.
-        except Exception as error:
+        except Exception as error:  # somebody else's code may raise anything: where and what is all there is to say
             raise RewardError(f"reward {self.name}: {self._failure(error)}") from error
         return torch.tensor(self._checked(result, batch), dtype=torch.float32)
 
@@ -173,8 +172,7 @@ def load_function(config: FunctionReward, name: str) -> FunctionScorer:
     sys.modules[module_name] = module
     try:
         specification.loader.exec_module(module)
-    # Running the file may raise anything, `SyntaxError` included.
-    except Exception as error:
+    except Exception as error:  # running somebody else's file may raise anything, `SyntaxError` included
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = own[-1].lineno if own else getattr(error, "lineno", None)
         place = f", line {line}" if line else ""

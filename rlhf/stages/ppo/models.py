@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class TokenBatch:
 IMITATION = Scoring(temperature=1.0)
 
 
-class ActorCritic(nn.Module):
+class ActorCritic(nn.Module, ABC):
     """Policy and critic as one module, so that one engine shards both and one forward pass serves all losses."""
 
     def forward(
@@ -101,39 +102,33 @@ class ActorCritic(nn.Module):
         with self.policy_role() as policy:
             return logprobs, entropy, values, demonstrations.logprobs(policy, IMITATION)
 
+    @abstractmethod
     def evaluate(self, batch: TokenBatch, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs, entropies and values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def policy_role(self) -> AbstractContextManager[PreTrainedModel]:
         """The language model that is the policy, to sample from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def policy_parameters(self) -> list[nn.Parameter]:
         """What the policy's learning rate is for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value_parameters(self) -> list[nn.Parameter]:
         """What the critic's learning rate is for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass."""
-        raise NotImplementedError
 
 
-class SeparateActorCritic(ActorCritic):
-    """Two transformers."""
+class WholePolicy(ActorCritic):
+    """A policy that is a transformer of its own, all of it trained."""
 
-    def __init__(self, policy: PreTrainedModel, critic: ScalarModel) -> None:
+    def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
         self.policy = policy
-        self.critic = critic
-
-    def evaluate(self, batch: TokenBatch, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, entropy = batch.of_policy(self.policy, scoring)
-        values = self.critic.response_values(batch.input_ids, batch.attention_mask, batch.num_prompt)
-        return logprobs, entropy, values[:, :-1]
 
     @contextmanager
     def policy_role(self) -> Iterator[PreTrainedModel]:
@@ -141,6 +136,19 @@ class SeparateActorCritic(ActorCritic):
 
     def policy_parameters(self) -> list[nn.Parameter]:
         return list(self.policy.parameters())
+
+
+class SeparateActorCritic(WholePolicy):
+    """Two transformers."""
+
+    def __init__(self, policy: PreTrainedModel, critic: ScalarModel) -> None:
+        super().__init__(policy)
+        self.critic = critic
+
+    def evaluate(self, batch: TokenBatch, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, entropy = batch.of_policy(self.policy, scoring)
+        values = self.critic.response_values(batch.input_ids, batch.attention_mask, batch.num_prompt)
+        return logprobs, entropy, values[:, :-1]
 
     def value_parameters(self) -> list[nn.Parameter]:
         return list(self.critic.parameters())
@@ -150,24 +158,16 @@ class SeparateActorCritic(ActorCritic):
         self.critic.model.gradient_checkpointing_enable()
 
 
-class SharedTrunkActorCritic(ActorCritic):
+class SharedTrunkActorCritic(WholePolicy):
     """One transformer with two heads: its own for the tokens, and a linear one for the value, zero at the start."""
 
     def __init__(self, policy: PreTrainedModel) -> None:
-        super().__init__()
-        self.policy = policy
+        super().__init__(policy)
         weight = cast(nn.Embedding, policy.get_input_embeddings()).weight
         self.value_head = zero_head(hidden_size(policy), weight.device)
 
     def evaluate(self, batch: TokenBatch, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
         return _on_trunk(self.policy, self.value_head, batch, scoring)
-
-    @contextmanager
-    def policy_role(self) -> Iterator[PreTrainedModel]:
-        yield self.policy
-
-    def policy_parameters(self) -> list[nn.Parameter]:
-        return list(self.policy.parameters())
 
     def value_parameters(self) -> list[nn.Parameter]:
         return list(self.value_head.parameters())
