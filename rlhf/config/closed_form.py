@@ -64,16 +64,17 @@ class ClosedFormConfig(Section):
 
     num_tokens: Annotated[int, Field(ge=3, le=27)] = Field(8, description="size of the vocabulary, EOS included")
     max_response_tokens: PositiveInt = Field(3, description="longest response, EOS included")
-    num_prompts: PositiveInt = Field(4, description="prompts, of one to three tokens, each with another first one")
+    num_prompts: PositiveInt = Field(4, description="prompts, of one token each")
     reward_scale: PositiveFloat = Field(1.0, description="standard deviation of the rewards")
     interaction_share: Probability = Field(
-        0.05, description="share of the rewards' variance that belongs to whole responses; the rest to their tokens"
+        0.1, description="share of the rewards' variance that belongs to whole responses; the rest to their tokens"
     )
     reference_scale: PositiveFloat = Field(0.5, description="standard deviation of the reference's logits")
 
-    hidden_size: PositiveInt = Field(32, description="width of the model (Llama architecture)")
+    hidden_size: PositiveInt = Field(32, description="width of the model (GPT-2 architecture)")
     num_layers: PositiveInt = Field(2, description="its layers")
     num_heads: PositiveInt = Field(2, description="its attention heads")
+    initializer_range: PositiveFloat = Field(0.2, description="standard deviation of its weights at first")
 
     num_responses: PositiveInt = Field(65_536, description="sampled responses each algorithm may use, for each beta")
     num_measurements: PositiveInt = Field(16, description="points of a curve, besides the start")
@@ -100,11 +101,8 @@ class ClosedFormConfig(Section):
                 f"{size:,} responses cannot be enumerated ({MAX_TABLE:,} at most): take fewer num_tokens, "
                 "max_response_tokens or num_prompts"
             )
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of 2 x num_heads ({self.num_heads}): rotary "
-                "positions turn pairs of dimensions"
-            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
         return self
 
     @model_validator(mode="after")

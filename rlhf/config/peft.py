@@ -35,6 +35,9 @@ class LoRAConfig(Section):
     target_modules: tuple[str, ...] | Literal["all_linear"] = Field(
         "all_linear", description="last names of the layers that get an adapter; all_linear is all of the transformer's"
     )
+    output_head: bool = Field(
+        False, description="adapt the output head of language models too; critics and reward models have none"
+    )
     stages: tuple[TrainingStage, ...] | None = Field(
         None, description="stages that train adapters; null is all, without the SFT of a model from scratch"
     )

@@ -6,6 +6,7 @@ a reward model's has its head too (`modules_to_save: ["score"]`).
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -18,11 +19,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, in
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import ArtifactError, ConfigError
+from rlhf.models.adapter_shape import HEAD, check_same_shape, new_settings
 from rlhf.models.loading import check_no_missing_weights, load_errors, load_policy, load_tokenizer, quiet
-from rlhf.models.paths import base_of, check_model_path, is_adapter, is_local
+from rlhf.models.paths import base_of, check_model_path, is_adapter
 from rlhf.models.scalar import load_classifier, use_pad_token
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ __all__ = [
     "add_adapter",
     "backbone_of",
     "base_of",
-    "check_same_shape",
     "check_scorer",
     "head_weight",
+    "in_transformer",
     "inject_adapter",
     "is_adapter",
     "is_of_adapter",
@@ -45,7 +46,6 @@ __all__ = [
     "load_merged_scorer",
     "lora_settings",
     "lora_weights",
-    "new_settings",
     "read_settings",
     "write_adapter",
     "write_adapter_of",
@@ -54,7 +54,6 @@ __all__ = [
 # The only adapter in memory while it is trained alone or merged.
 _NAME = "default"
 _PREFIX = "base_model.model."
-HEAD = "score"
 HEAD_KEY = f"{_PREFIX}{HEAD}.weight"
 
 
@@ -93,6 +92,7 @@ def load_merged_scorer(path: str, config: ModelConfig | None, dtype: torch.dtype
 
 
 def _merge(model: PreTrainedModel, path: str, key: str) -> PreTrainedModel:
+    _untie_adapted_head(model, path, key)
     with load_errors(path, key), _silence():
         wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
         expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
@@ -101,6 +101,21 @@ def _merge(model: PreTrainedModel, path: str, key: str) -> PreTrainedModel:
     merged.requires_grad_(True)
     merged.eval()
     return merged
+
+
+def _untie_adapted_head(model: PreTrainedModel, path: str, key: str) -> None:
+    """Gives the head weights of its own where the adapter has matrices on it and it shares them with the embeddings.
+
+    What is merged into the head would else change the embeddings too.
+    """
+    head, embeddings = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
+    if head is None or head.weight is not embeddings.weight:
+        return
+    weights = lora_weights(path, key)
+    if len(in_transformer(model, weights)) == len(weights):
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
 
 
 def read_settings(path: str, key: str) -> PeftConfig:
@@ -177,67 +192,13 @@ def _check_complete(expected: set[str], found: set[str], path: str, key: str) ->
         )
 
 
-def new_settings(
-    lora: peft_config.LoRAConfig, model: PreTrainedModel, *, base: str, task: TaskType, dropout: float = 0.0
-) -> LoraConfig:
-    """PEFT's configuration of an adapter on `model`, which was loaded from `base`.
+def in_transformer(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's matrices without those on the output head, for a role that has a head of its own.
 
-    The layers are named one by one, sorted. Raises `ConfigError` for names the transformer does not have and for
-    encoder-decoder models.
+    The names are those of files, with or without PEFT's prefix.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"peft=lora cannot adapt {type(model).__name__}: only decoder-only models take adapters here. Set peft=none"
-        )
-    linear = _linear_layers(model)
-    names = set(linear) if lora.target_modules == "all_linear" else set(lora.target_modules)
-    unknown = sorted(names - set(linear))
-    if unknown or not names:
-        raise ConfigError(
-            f"peft.target_modules: {type(model).__name__} has no linear layer {', '.join(unknown) or '(none given)'} "
-            f"in its transformer; it has {', '.join(sorted(linear))}"
-        )
-    return LoraConfig(
-        task_type=task,
-        base_model_name_or_path=str(Path(base).expanduser().absolute()) if is_local(base) else base,
-        r=lora.rank,
-        lora_alpha=cast(Any, lora.alpha),
-        lora_dropout=dropout,
-        target_modules=sorted(names),
-        fan_in_fan_out=any(linear[name] is Conv1D for name in names),
-        modules_to_save=[HEAD] if task == TaskType.SEQ_CLS else None,
-    )
-
-
-def _linear_layers(model: PreTrainedModel) -> dict[str, type[nn.Module]]:
-    """Last names of the linear layers below the output head, with their classes."""
-    backbone: nn.Module = getattr(model, model.base_model_prefix)
-    return {
-        name.rpartition(".")[2]: type(module)
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
-
-
-def check_same_shape(settings: LoraConfig, wanted: LoraConfig, path: str, key: str) -> None:
-    """Raises `ConfigError` when the adapter in folder `path` is not of the shape that `peft` asks for."""
-    pairs: dict[str, tuple[object, object]] = {
-        "peft.rank": (settings.r, wanted.r),
-        "peft.alpha": (float(settings.lora_alpha), float(wanted.lora_alpha)),
-        "peft.target_modules": (_names(settings), _names(wanted)),
-    }
-    for name, (found, expected) in pairs.items():
-        if found != expected:
-            raise ConfigError(
-                f"{key}: the adapter {path} goes on being trained, and it was made with {name}={found}; the config "
-                f"says {expected}. Set {name} to the adapter's, or start from a whole model"
-            )
-
-
-def _names(settings: LoraConfig) -> str:
-    """The adapted layers, in a form that can be compared and given as `peft.target_modules`."""
-    names = settings.target_modules or ()
-    return names if isinstance(names, str) else f"[{','.join(sorted(names))}]"
+    prefix = f"{model.base_model_prefix}."
+    return {name: value for name, value in weights.items() if name.removeprefix(_PREFIX).startswith(prefix)}
 
 
 def backbone_of(source: str, key: str) -> str:
@@ -264,13 +225,16 @@ def add_adapter(
     """
     settings = new_settings(lora, model, base=backbone_of(source, key), task=task, dropout=dropout)
     settings.revision = revision
+    weights: dict[str, Tensor] = {}
     if is_adapter(source):
-        check_same_shape(lora_settings(source, key), settings, source, key)
+        given, weights = lora_settings(source, key), lora_weights(source, key)
+        if task == TaskType.SEQ_CLS:
+            given, weights = _without_head(model, given, weights)
+        check_same_shape(given, settings, source, key)
     with torch.random.fork_rng(), _silence():
         torch.manual_seed(seed)
         wrapped: Any = get_peft_model(cast(Any, model), settings, adapter_name=_NAME)
     if is_adapter(source):
-        weights = lora_weights(source, key)
         if task == TaskType.SEQ_CLS:
             weights[HEAD_KEY] = wrapped.state_dict()[f"{_PREFIX}{HEAD}.modules_to_save.{_NAME}.weight"]
         expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
@@ -279,6 +243,18 @@ def add_adapter(
             set_peft_model_state_dict(wrapped, weights, adapter_name=_NAME)
     adapted: PreTrainedModel = wrapped
     return adapted
+
+
+def _without_head(
+    model: PreTrainedModel, settings: LoraConfig, weights: dict[str, Tensor]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter's configuration and matrices without what it has on the output head."""
+    kept = in_transformer(model, weights)
+    heads = {name.partition(".lora_")[0].rpartition(".")[2] for name in weights.keys() - kept.keys()}
+    part = copy.copy(settings)
+    if heads:
+        part.target_modules = sorted(set(settings.target_modules or ()) - heads)
+    return part, kept
 
 
 def inject_adapter(model: PreTrainedModel, settings: LoraConfig, name: str, weights: dict[str, Tensor] | None) -> None:

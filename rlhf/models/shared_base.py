@@ -18,19 +18,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.errors import ArtifactError, ConfigError
+from rlhf.models.adapter_shape import HEAD, check_same_shape, new_settings
 from rlhf.models.adapters import (
-    HEAD,
     HEAD_KEY,
     backbone_of,
-    check_same_shape,
     check_scorer,
     head_weight,
+    in_transformer,
     inject_adapter,
     is_adapter,
     is_of_adapter,
     lora_settings,
     lora_weights,
-    new_settings,
     without_name,
     write_adapter,
 )
@@ -145,6 +144,7 @@ class SharedBase(nn.Module):
         model = load_policy(base, model_config, dtype, "ppo.policy")
         disable_dropout(model)
         wanted = new_settings(lora, model, base=base, task=TaskType.CAUSAL_LM)
+        of_value = new_settings(lora, model, base=base, task=TaskType.SEQ_CLS)
         adapters: dict[Role, str | None] = {"policy": "policy", "reference": None}
         heads: dict[Role, Tensor] = {}
         with torch.random.fork_rng():
@@ -156,7 +156,7 @@ class SharedBase(nn.Module):
             if with_value:
                 source = value_model or (reward_model if value_init == "reward_model" else None)
                 adapters["value"] = "value"
-                heads["value"] = _inject_value(model, source, base, wanted)
+                heads["value"] = _inject_value(model, source, base, of_value)
             if reward_model is not None and is_adapter(reward_model) and _is_on(reward_model, base, "ppo.reward_model"):
                 adapters["reward"] = "reward"
                 check_scorer(reward_model, "ppo.reward_model")
@@ -360,13 +360,18 @@ def _inject(model: PreTrainedModel, name: Role, source: str, key: str, wanted: L
         raise ArtifactError(f"{key}: the adapter in {source} does not fit its base: {error}. Save it again") from error
 
 
+def inject_value_of_policy(model: PreTrainedModel, wanted: LoraConfig) -> None:
+    """Adds the adapter `value`, which starts as what adapter `policy` has in the transformer; `wanted` is its shape."""
+    matrices = {name: part for name, part in model.named_parameters() if is_of_adapter(name, "policy")}
+    weights = {without_name(name, "policy"): part.detach().clone() for name, part in matrices.items()}
+    inject_adapter(model, wanted, "value", in_transformer(model, weights))
+
+
 def _inject_value(model: PreTrainedModel, source: str | None, base: str, wanted: LoraConfig) -> Tensor:
     """Adds the value's adapter and returns its head (1, H): those of `source`, else the policy's and zeros."""
     key = "ppo.value_model"
     if source is None:
-        matrices = {name: part for name, part in model.named_parameters() if is_of_adapter(name, "policy")}
-        weights = {without_name(name, "policy"): part.detach().clone() for name, part in matrices.items()}
-        inject_adapter(model, wanted, "value", weights)
+        inject_value_of_policy(model, wanted)
         return torch.zeros(1, int(model.config.hidden_size))
     if not is_adapter(source) or not _is_on(source, base, key):
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
 from rlhf.config.closed_form import ClosedFormConfig
 from rlhf.evaluation.closed_form import (
@@ -116,14 +116,8 @@ def _rewards(config: ClosedFormConfig, responses: Sequence[Response], seed: int)
 
 
 def _prompt_ids(config: ClosedFormConfig) -> tuple[Response, ...]:
-    """Prompts of one, two, three, one, ... tokens, each beginning with another word: `a`, `b c`, `c d e`, `d`, ...
-
-    They are uneven, so that they are padded. Rotary attention could not tell repetitions of one word apart.
-    """
-    words = config.num_tokens - 1
-    return tuple(
-        tuple(1 + (first + place) % words for place in range(1 + first % 3)) for first in range(config.num_prompts)
-    )
+    """One word each: `a`, `b`, `c`, ..."""
+    return tuple((1 + first,) for first in range(config.num_prompts))
 
 
 @functools.cache
@@ -144,14 +138,18 @@ def _tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
 
 
 def _new_model(config: ClosedFormConfig, seed: int) -> PreTrainedModel:
-    model_config = LlamaConfig(
+    # Learned positions: with rotary ones alone, `a` after `a a` and after `a` would be the same to the model.
+    model_config = GPT2Config(
         vocab_size=config.num_tokens,
-        hidden_size=config.hidden_size,
-        intermediate_size=2 * config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_heads,
-        max_position_embeddings=MAX_POSITIONS,
+        n_embd=config.hidden_size,
+        n_inner=4 * config.hidden_size,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        n_positions=MAX_POSITIONS,
+        initializer_range=config.initializer_range,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=EOS_ID,
@@ -160,7 +158,7 @@ def _new_model(config: ClosedFormConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed * 1_000 + _MODEL_STREAM)
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-        # The last norm gives states of root mean square 1, so this is the spread of the logits.
+        # The last norm gives states of standard deviation 1, so this is the spread of the logits.
         head = model.get_output_embeddings().weight
         with torch.no_grad():
             head.normal_(0.0, config.reference_scale / config.hidden_size**0.5)

@@ -13,13 +13,14 @@ from torch import Tensor
 from rlhf.config.peft import LoRAConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.errors import ConfigError
-from rlhf.models.adapters import inject_adapter, is_adapter, is_of_adapter, new_settings
+from rlhf.models.adapter_shape import new_settings
+from rlhf.models.adapters import inject_adapter, is_adapter
 from rlhf.models.loading import disable_dropout, load_tokenizer
-from rlhf.models.shared_base import Role, SharedBase
+from rlhf.models.shared_base import Role, SharedBase, inject_value_of_policy
 from rlhf.trainer.models import ModelArguments, language_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from rlhf.distributed.runtime import Runtime
 
@@ -133,6 +134,7 @@ def _from_instance(
         )
     disable_dropout(model)
     wanted = new_settings(lora, model, base=path, task=TaskType.CAUSAL_LM)
+    of_value = new_settings(lora, model, base=path, task=TaskType.SEQ_CLS)
     adapters: dict[Role, str | None] = {"policy": "policy", "reference": None}
     heads: dict[Role, Tensor] = {}
     with torch.random.fork_rng():
@@ -143,13 +145,7 @@ def _from_instance(
             inject_adapter(model, wanted, "reference", None)
         if args.value_network == "separate":
             adapters["value"] = "value"
-            heads["value"] = _inject_value(model, wanted)
+            # A critic that starts as the policy, with a head of zeros.
+            inject_value_of_policy(model, of_value)
+            heads["value"] = torch.zeros(1, cast(int, model.config.hidden_size))
     return SharedBase(model, adapters, heads, base_path=path, policy_adapter_source=None)
-
-
-def _inject_value(model: PreTrainedModel, wanted: LoraConfig) -> Tensor:
-    """A critic that starts as the policy, with a head (1, H) of zeros."""
-    matrices = {name: part for name, part in model.named_parameters() if is_of_adapter(name, "policy")}
-    weights = {name.replace(".policy.", "."): part.detach().clone() for name, part in matrices.items()}
-    inject_adapter(model, wanted, "value", weights)
-    return torch.zeros(1, cast(int, model.config.hidden_size))

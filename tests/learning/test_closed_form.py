@@ -43,13 +43,13 @@ def test_ppo_goes_most_of_the_way_to_the_optimum_in_seconds(tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ppo_comes_near_the_exact_optimum_at_every_beta(tmp_path: Path) -> None:
-    """The target is 0.03; seed 1 has 0.0015, 0.0020 and 0.039 (experiments/closed_form/README.md)."""
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_ppo_comes_within_3_percent_of_the_exact_optimum_at_every_beta(tmp_path: Path, seed: int) -> None:
     result = rlhf_command(
         "run",
         "experiment=closed_form",
         "closed_form.algorithms=[ppo]",
-        "seed=1",
+        f"seed={seed}",
         "run.dir=run",
         "tracking.wandb=disabled",
         cwd=tmp_path,
@@ -59,5 +59,4 @@ def test_ppo_comes_near_the_exact_optimum_at_every_beta(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run/stages/closed_form/result.json").read_text())["summary"]
     gaps = {row["beta"]: row["gap"] for row in summary["table"]}
     assert set(gaps) == {0.05, 0.2, 1.0}
-    assert max(gaps[0.05], gaps[0.2]) <= 0.03, gaps
-    assert gaps[1.0] <= 0.06, gaps
+    assert max(gaps.values()) <= 0.03, gaps

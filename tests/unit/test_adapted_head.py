@@ -1,0 +1,129 @@
+"""Adapters on the output head (`peft.output_head`): roles that give numbers leave it out, merging keeps ties."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, TaskType
+from torch import Tensor, nn
+
+from rlhf.config.peft import LoRAConfig
+from rlhf.errors import ConfigError
+from rlhf.models import ScalarModel, load_policy, load_tokenizer
+from rlhf.models.adapter_shape import new_settings
+from rlhf.models.adapters import load_merged_policy, lora_weights
+from rlhf.models.scoring import response_logprobs
+from rlhf.models.shared_base import SharedBase
+from tests.adapter_example import fixed_batch, write_adapter, write_base
+
+HEAD_TOO = LoRAConfig(rank=4, alpha=8.0, output_head=True)
+NUM_PROMPT = 5
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """`base`, the adapter `sft` on it with its head, and `reward`, which goes on from `sft`."""
+    folder = tmp_path_factory.mktemp("head")
+    base = write_base(folder / "base", architecture=request.param)
+    sft = write_adapter(folder / "sft", base, HEAD_TOO)
+    return {"base": base, "sft": sft, "reward": write_adapter(folder / "reward", sft, HEAD_TOO, scores=True, seed=5)}
+
+
+def build(folders: dict[str, str], policy: str, **arguments: Any) -> SharedBase:
+    given = {"value_model": None, "lora": HEAD_TOO, "model_config": None, "seed": 1, "reward_model": folders["reward"]}
+    return SharedBase.build(policy=folders[policy], reference=folders[policy], **{**given, **arguments})
+
+
+def logprobs(model: nn.Module, **arguments: Any) -> Tensor:
+    """Of the response tokens (3, 4)."""
+    ids, mask = fixed_batch()
+    with torch.no_grad():
+        return response_logprobs(
+            model, input_ids=ids, attention_mask=mask, num_prompt=NUM_PROMPT, temperature=0.7, **arguments
+        )
+
+
+def of_role(base: SharedBase, role: Any, **arguments: Any) -> Tensor:
+    with base.role(role) as model:
+        return logprobs(model, **arguments)
+
+
+def heads_of(folder: str) -> list[str]:
+    return [name for name in lora_weights(folder, "base") if "lm_head" in name]
+
+
+def test_the_policy_has_the_head_and_the_reward_model_that_goes_on_from_it_does_not(folders: dict[str, str]) -> None:
+    assert len(heads_of(folders["sft"])) == 2
+    assert heads_of(folders["reward"]) == []
+
+
+@pytest.mark.parametrize("value_init", ["policy", "reward_model"])
+@pytest.mark.parametrize("policy", ["base", "sft"])
+def test_the_head_is_the_policys_alone(folders: dict[str, str], policy: str, value_init: Any) -> None:
+    base = build(folders, policy, value_init=value_init)
+    assert torch.equal(of_role(base, "policy"), of_role(base, "reference"))
+    before = base.response_values("value", *fixed_batch(), NUM_PROMPT), base.scores("reward", *fixed_batch())
+    heads = [part for name, part in base.model.named_parameters() if "lm_head.lora" in name and ".policy." in name]
+    assert len(heads) == 2
+    assert all(part.requires_grad for part in heads)
+    with torch.no_grad():
+        for part in heads:
+            part.add_(torch.randn_like(part))
+    assert not torch.allclose(of_role(base, "policy"), of_role(base, "reference"), atol=1e-3)
+    assert torch.equal(base.response_values("value", *fixed_batch(), NUM_PROMPT), before[0])
+    assert torch.equal(base.scores("reward", *fixed_batch()), before[1])
+
+
+def test_a_refreshed_reference_takes_the_head_too(folders: dict[str, str]) -> None:
+    base = build(folders, "base", own_reference=True)
+    with torch.no_grad():
+        for part in base.parameters_of("policy"):
+            part.add_(torch.randn_like(part))
+    assert not base.same_start
+    base.copy_adapter("policy", "reference")
+    assert torch.equal(of_role(base, "policy"), of_role(base, "reference"))
+
+
+def test_log_probs_in_pieces_are_those_of_the_adapted_head(folders: dict[str, str]) -> None:
+    base = build(folders, "sft")
+    torch.testing.assert_close(of_role(base, "policy", chunk_tokens=3), of_role(base, "policy"), rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_saved_is_what_peft_and_a_merge_give(folders: dict[str, str], tmp_path: Path) -> None:
+    base = build(folders, "sft")
+    base.save_role("policy", tmp_path / "policy", load_tokenizer(folders["base"]))
+    expected = of_role(base, "policy")
+    plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
+    torch.testing.assert_close(logprobs(plain), expected, rtol=1e-6, atol=1e-6)
+    merged = load_merged_policy(str(tmp_path / "policy"), None, torch.float32, "ppo.policy")
+    torch.testing.assert_close(logprobs(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_into_a_tied_head_leaves_the_embeddings_alone(tmp_path: Path) -> None:
+    base = load_policy(write_base(tmp_path / "untied"))
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "tied")
+    load_tokenizer(str(tmp_path / "untied")).save_pretrained(tmp_path / "tied")
+    folder = write_adapter(tmp_path / "adapter", str(tmp_path / "tied"), HEAD_TOO)
+    merged = load_merged_policy(folder, None, torch.float32, "ppo.policy")
+    expected = logprobs(AutoPeftModelForCausalLM.from_pretrained(folder).eval())
+    torch.testing.assert_close(logprobs(merged), expected, rtol=1e-5, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    load_tokenizer(folder).save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logprobs(load_policy(str(tmp_path / "merged"))), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_classifier_gets_no_adapter_on_a_head(folders: dict[str, str]) -> None:
+    model = ScalarModel.from_policy(folders["base"], seed=1).model
+    settings = new_settings(HEAD_TOO, model, base=folders["base"], task=TaskType.SEQ_CLS)
+    assert "lm_head" not in (settings.target_modules or ())
+
+
+def test_the_head_is_not_named_among_the_layers(folders: dict[str, str]) -> None:
+    lora = LoRAConfig(target_modules=("lm_head",))
+    with pytest.raises(ConfigError, match=r"has no linear layer lm_head.*peft\.output_head=true"):
+        new_settings(lora, load_policy(folders["base"]), base=folders["base"], task=TaskType.CAUSAL_LM)
