@@ -35,6 +35,7 @@ class OnlineBaseline(Section):
 class GRPOBaseline(OnlineBaseline):
     """GRPO: `scale_rewards` is the trainer's own option."""
 
+    learning_rate: PositiveFloat = Field(1e-3, description="of Adam, linear to 0")
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group", description="divide advantages by the standard deviation of the group, of the batch, or not"
     )
@@ -47,8 +48,8 @@ class DPOBaseline(Section):
     E[r] - beta * KL.
     """
 
-    learning_rate: PositiveFloat = Field(1e-3, description="of Adam, linear to 0")
-    batch_size: PositiveInt = Field(256, description="pairs an optimiser step")
+    learning_rate: PositiveFloat = Field(3e-3, description="of Adam, linear to 0")
+    batch_size: PositiveInt = Field(64, description="pairs an optimiser step")
     num_epochs: PositiveInt = Field(1, description="passes over the pairs")
 
 

@@ -36,7 +36,7 @@ class LoRAConfig(Section):
         "all_linear", description="last names of the layers that get an adapter; all_linear is all of the transformer's"
     )
     output_head: bool = Field(
-        False, description="adapt the output head of language models too; critics and reward models have none"
+        False, description="in ppo the policy's adapter is on the output head too; what it has there starts at 0"
     )
     stages: tuple[TrainingStage, ...] | None = Field(
         None, description="stages that train adapters; null is all, without the SFT of a model from scratch"

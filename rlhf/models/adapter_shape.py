@@ -22,9 +22,15 @@ HEAD = "score"
 
 
 def new_settings(
-    lora: peft_config.LoRAConfig, model: PreTrainedModel, *, base: str, task: TaskType, dropout: float = 0.0
+    lora: peft_config.LoRAConfig,
+    model: PreTrainedModel,
+    *,
+    base: str,
+    task: TaskType,
+    dropout: float = 0.0,
+    with_head: bool = False,
 ) -> LoraConfig:
-    """PEFT's configuration of an adapter on `model`, which was loaded from `base`.
+    """PEFT's configuration of an adapter on `model`, which was loaded from `base`; `with_head` on its output head too.
 
     The layers are named one by one, sorted. Raises `ConfigError` for names the transformer does not have and for
     encoder-decoder models.
@@ -36,7 +42,7 @@ def new_settings(
     linear = _linear_layers(model)
     names = set(linear) if lora.target_modules == "all_linear" else set(lora.target_modules)
     unknown = sorted(names - set(linear))
-    head = _head_name(model) if lora.output_head and task == TaskType.CAUSAL_LM else None
+    head = head_name(model) if with_head else None
     if unknown or not names:
         raise ConfigError(
             f"peft.target_modules: {type(model).__name__} has no linear layer {', '.join(unknown) or '(none given)'} "
@@ -69,8 +75,8 @@ def _linear_layers(model: PreTrainedModel) -> dict[str, type[nn.Module]]:
     }
 
 
-def _head_name(model: PreTrainedModel) -> str:
-    """Last name of the output head."""
+def head_name(model: PreTrainedModel) -> str:
+    """Last name of the output head. Raises `ConfigError` for a model without."""
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is head]
     if head is None or not names:

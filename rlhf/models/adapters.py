@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
@@ -50,6 +50,8 @@ __all__ = [
     "write_adapter",
     "write_adapter_of",
 ]
+
+T = TypeVar("T")
 
 # The only adapter in memory while it is trained alone or merged.
 _NAME = "default"
@@ -192,7 +194,7 @@ def _check_complete(expected: set[str], found: set[str], path: str, key: str) ->
         )
 
 
-def in_transformer(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def in_transformer(model: PreTrainedModel, weights: Mapping[str, T]) -> dict[str, T]:
     """An adapter's matrices without those on the output head, for a role that has a head of its own.
 
     The names are those of files, with or without PEFT's prefix.
@@ -257,10 +259,18 @@ def _without_head(
     return part, kept
 
 
-def inject_adapter(model: PreTrainedModel, settings: LoraConfig, name: str, weights: dict[str, Tensor] | None) -> None:
+def inject_adapter(
+    model: PreTrainedModel,
+    settings: LoraConfig,
+    name: str,
+    weights: dict[str, Tensor] | None,
+    *,
+    new_head: bool = False,
+) -> None:
     """Puts one more adapter into `model`, float32 and without dropout: with `weights` (as in files) or new ones.
 
-    New ones come from torch's global generator. Raises `ValueError` when `weights` lack some or do not fit.
+    `new_head`: what `settings` has on the output head is new beside `weights`. New matrices come from torch's global
+    generator and add nothing at first. Raises `ValueError` when `weights` lack some or do not fit.
     """
     plain = LoraConfig(
         r=settings.r,
@@ -283,15 +293,18 @@ def inject_adapter(model: PreTrainedModel, settings: LoraConfig, name: str, weig
         return
     given = {key.removeprefix(_PREFIX): value for key, value in weights.items()}
     names = {part: without_name(part, name) for part in mine}
+    if new_head:
+        kept = in_transformer(model, dict.fromkeys(names.values()))
+        names = {part: own for part, own in names.items() if own in kept}
     missing = sorted(set(names.values()) - set(given))
     if missing or len(given) != len(names):
         raise ValueError(f"{len(given)} matrices do not fit an adapter of {len(names)}; missing: {missing[:3]}")
     with torch.no_grad():
-        for part, matrix in mine.items():
-            value = given[names[part]]
-            if value.shape != matrix.shape:
-                raise ValueError(f"{names[part]} has shape {tuple(value.shape)}, expected {tuple(matrix.shape)}")
-            matrix.copy_(value)
+        for part, own in names.items():
+            value = given[own]
+            if value.shape != mine[part].shape:
+                raise ValueError(f"{own} has shape {tuple(value.shape)}, expected {tuple(mine[part].shape)}")
+            mine[part].copy_(value)
 
 
 def without_name(parameter: str, name: str) -> str:

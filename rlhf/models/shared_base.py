@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.models.adapter_shape import HEAD, check_same_shape, new_settings
+from rlhf.models.adapter_shape import HEAD, check_same_shape, head_name, new_settings
 from rlhf.models.adapters import (
     HEAD_KEY,
     backbone_of,
@@ -143,7 +143,7 @@ class SharedBase(nn.Module):
             )
         model = load_policy(base, model_config, dtype, "ppo.policy")
         disable_dropout(model)
-        wanted = new_settings(lora, model, base=base, task=TaskType.CAUSAL_LM)
+        wanted = new_settings(lora, model, base=base, task=TaskType.CAUSAL_LM, with_head=lora.output_head)
         of_value = new_settings(lora, model, base=base, task=TaskType.SEQ_CLS)
         adapters: dict[Role, str | None] = {"policy": "policy", "reference": None}
         heads: dict[Role, Tensor] = {}
@@ -171,24 +171,6 @@ class SharedBase(nn.Module):
     def reference_kind(self) -> Literal["adapter_off", "adapter_copy"]:
         """Whether the reference is the base, or a frozen adapter of its own."""
         return "adapter_off" if self._adapters["reference"] is None else "adapter_copy"
-
-    @property
-    def same_start(self) -> bool:
-        """Whether policy and reference are the same function now: equal adapters, or neither adds anything.
-
-        Weights must be whole. False before the first update means a reference that is not where the policy starts.
-        """
-        policy, reference = (self.adapter_of(role) for role in ("policy", "reference"))
-        names = [name for name in (policy, reference) if name is not None]
-        matrices = {name: dict(self._named_matrices(name)) for name in names}
-        if all(
-            not bool(part.any()) for parts in matrices.values() for name, part in parts.items() if ".lora_B." in name
-        ):
-            return True
-        if reference is None or self._why_not_interchangeable("policy", "reference") is not None:
-            return False
-        pairs = zip(matrices["policy"].values(), matrices["reference"].values(), strict=True)
-        return all(torch.equal(one, other) for one, other in pairs)
 
     # Roles.
 
@@ -351,11 +333,17 @@ def _inject(model: PreTrainedModel, name: Role, source: str, key: str, wanted: L
     if not is_adapter(source):
         inject_adapter(model, wanted, name, None)
         return
-    settings = lora_settings(source, key)
+    settings, weights = lora_settings(source, key), lora_weights(source, key)
+    new_head = False
     if trained:
+        # Stage sft leaves the head alone.
+        targets, of_source = set(wanted.target_modules or ()), set(settings.target_modules or ())
+        new_head = name != "value" and targets - of_source == {head_name(model)}
+        if new_head:
+            settings.target_modules = sorted(of_source | {head_name(model)})
         check_same_shape(settings, wanted, source, key)
     try:
-        inject_adapter(model, settings, name, lora_weights(source, key))
+        inject_adapter(model, settings, name, weights, new_head=new_head)
     except ValueError as error:
         raise ArtifactError(f"{key}: the adapter in {source} does not fit its base: {error}. Save it again") from error
 

@@ -133,7 +133,7 @@ def _from_instance(
             "it (with its tokenizer) and pass the folder"
         )
     disable_dropout(model)
-    wanted = new_settings(lora, model, base=path, task=TaskType.CAUSAL_LM)
+    wanted = new_settings(lora, model, base=path, task=TaskType.CAUSAL_LM, with_head=lora.output_head)
     of_value = new_settings(lora, model, base=path, task=TaskType.SEQ_CLS)
     adapters: dict[Role, str | None] = {"policy": "policy", "reference": None}
     heads: dict[Role, Tensor] = {}

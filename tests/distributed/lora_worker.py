@@ -28,6 +28,8 @@ from tests.adapter_example import LORA, fixed_batch
 from tests.distributed.trl_worker import CASES, Killed, _KillingCallback
 from tests.stage_example import make_context, tiny_config
 
+# Also the head, whose adapter the roles that give numbers do not have.
+HEAD_TOO = LORA.model_copy(update={"output_head": True})
 RESUMED = ("plain", "stage2", "stage3")
 NUM_PROMPT = 5
 # The cases of roles: kind of sharding, then what else is special.
@@ -41,7 +43,7 @@ def case_config(folder: Path, zero: dict[str, Any], num_processes: int, **sft_se
         folder,
         zero=zero,
         distributed={"num_processes": num_processes},
-        peft=LORA.model_dump(),
+        peft=HEAD_TOO.model_dump(),
         model={"path": str(folder / "base_model")},
         sft={"micro_batch_size": 2, **sft_section},
     )
@@ -106,10 +108,11 @@ def train_roles(folder: Path, case: str, num_processes: int) -> dict[str, Any]:
         reference=adapter,
         reward_model=reward,
         value_model=None,
-        lora=LORA,
+        lora=HEAD_TOO,
         model_config=None,
         seed=1,
         dtype=runtime.dtype,
+        own_reference=True,
     )
     if special == "checkpointing":
         base.enable_gradient_checkpointing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.config.peft import LoRAConfig
 from rlhf.errors import ConfigError
-from rlhf.models import ScalarModel, load_policy, load_tokenizer
+from rlhf.models import load_policy, load_tokenizer
 from rlhf.models.adapter_shape import new_settings
 from rlhf.models.adapters import load_merged_policy, lora_weights
 from rlhf.models.scoring import response_logprobs
@@ -25,11 +26,29 @@ NUM_PROMPT = 5
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`base`, the adapter `sft` on it with its head, and `reward`, which goes on from `sft`."""
+    """`base`, the adapter `sft` on it as stage sft makes it, `policy` with a head, `reward` that goes on from it."""
     folder = tmp_path_factory.mktemp("head")
     base = write_base(folder / "base", architecture=request.param)
     sft = write_adapter(folder / "sft", base, HEAD_TOO)
-    return {"base": base, "sft": sft, "reward": write_adapter(folder / "reward", sft, HEAD_TOO, scores=True, seed=5)}
+    policy = write_policy(folder / "policy", base)
+    reward = write_adapter(folder / "reward", policy, HEAD_TOO, scores=True, seed=5)
+    return {"base": base, "sft": sft, "policy": policy, "reward": reward}
+
+
+def write_policy(folder: Path, base: str) -> str:
+    """What PPO leaves: an adapter on all layers, the head included."""
+    given: dict[str, Any] = {"reward_model": None, "value_model": None, "model_config": None, "seed": 1}
+    model = SharedBase.build(policy=base, reference=base, value_init="policy", lora=HEAD_TOO, **given)
+    move(model.parameters_of("policy"), 0.1)
+    model.save_role("policy", folder, load_tokenizer(base))
+    return str(folder)
+
+
+def move(parameters: Iterable[nn.Parameter], scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 def build(folders: dict[str, str], policy: str, **arguments: Any) -> SharedBase:
@@ -55,13 +74,14 @@ def heads_of(folder: str) -> list[str]:
     return [name for name in lora_weights(folder, "base") if "lm_head" in name]
 
 
-def test_the_policy_has_the_head_and_the_reward_model_that_goes_on_from_it_does_not(folders: dict[str, str]) -> None:
-    assert len(heads_of(folders["sft"])) == 2
-    assert heads_of(folders["reward"]) == []
+def test_the_policy_of_ppo_has_the_head_and_the_other_stages_leave_it_out(folders: dict[str, str]) -> None:
+    """TRL's SFT multiplies by the head's own weights, so an adapter there would never be trained."""
+    assert len(heads_of(folders["policy"])) == 2
+    assert heads_of(folders["sft"]) == heads_of(folders["reward"]) == []
 
 
 @pytest.mark.parametrize("value_init", ["policy", "reward_model"])
-@pytest.mark.parametrize("policy", ["base", "sft"])
+@pytest.mark.parametrize("policy", ["base", "sft", "policy"])
 def test_the_head_is_the_policys_alone(folders: dict[str, str], policy: str, value_init: Any) -> None:
     base = build(folders, policy, value_init=value_init)
     assert torch.equal(of_role(base, "policy"), of_role(base, "reference"))
@@ -69,31 +89,28 @@ def test_the_head_is_the_policys_alone(folders: dict[str, str], policy: str, val
     heads = [part for name, part in base.model.named_parameters() if "lm_head.lora" in name and ".policy." in name]
     assert len(heads) == 2
     assert all(part.requires_grad for part in heads)
-    with torch.no_grad():
-        for part in heads:
-            part.add_(torch.randn_like(part))
+    move(heads)
     assert not torch.allclose(of_role(base, "policy"), of_role(base, "reference"), atol=1e-3)
     assert torch.equal(base.response_values("value", *fixed_batch(), NUM_PROMPT), before[0])
     assert torch.equal(base.scores("reward", *fixed_batch()), before[1])
 
 
 def test_a_refreshed_reference_takes_the_head_too(folders: dict[str, str]) -> None:
-    base = build(folders, "base", own_reference=True)
-    with torch.no_grad():
-        for part in base.parameters_of("policy"):
-            part.add_(torch.randn_like(part))
-    assert not base.same_start
-    base.copy_adapter("policy", "reference")
-    assert torch.equal(of_role(base, "policy"), of_role(base, "reference"))
+    for start in ("base", "sft", "policy"):
+        base = build(folders, start, own_reference=True)
+        assert torch.equal(of_role(base, "policy"), of_role(base, "reference"))
+        move(base.parameters_of("policy"))
+        base.copy_adapter("policy", "reference")
+        assert torch.equal(of_role(base, "policy"), of_role(base, "reference"))
 
 
 def test_log_probs_in_pieces_are_those_of_the_adapted_head(folders: dict[str, str]) -> None:
-    base = build(folders, "sft")
+    base = build(folders, "policy")
     torch.testing.assert_close(of_role(base, "policy", chunk_tokens=3), of_role(base, "policy"), rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_saved_is_what_peft_and_a_merge_give(folders: dict[str, str], tmp_path: Path) -> None:
-    base = build(folders, "sft")
+    base = build(folders, "policy")
     base.save_role("policy", tmp_path / "policy", load_tokenizer(folders["base"]))
     expected = of_role(base, "policy")
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
@@ -108,7 +125,7 @@ def test_merging_into_a_tied_head_leaves_the_embeddings_alone(tmp_path: Path) ->
     base.tie_weights()
     base.save_pretrained(tmp_path / "tied")
     load_tokenizer(str(tmp_path / "untied")).save_pretrained(tmp_path / "tied")
-    folder = write_adapter(tmp_path / "adapter", str(tmp_path / "tied"), HEAD_TOO)
+    folder = write_policy(tmp_path / "adapter", str(tmp_path / "tied"))
     merged = load_merged_policy(folder, None, torch.float32, "ppo.policy")
     expected = logprobs(AutoPeftModelForCausalLM.from_pretrained(folder).eval())
     torch.testing.assert_close(logprobs(merged), expected, rtol=1e-5, atol=1e-5)
@@ -117,10 +134,12 @@ def test_merging_into_a_tied_head_leaves_the_embeddings_alone(tmp_path: Path) ->
     torch.testing.assert_close(logprobs(load_policy(str(tmp_path / "merged"))), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_classifier_gets_no_adapter_on_a_head(folders: dict[str, str]) -> None:
-    model = ScalarModel.from_policy(folders["base"], seed=1).model
-    settings = new_settings(HEAD_TOO, model, base=folders["base"], task=TaskType.SEQ_CLS)
-    assert "lm_head" not in (settings.target_modules or ())
+def test_an_adapter_that_lacks_more_than_the_head_is_refused(folders: dict[str, str]) -> None:
+    lora = LoRAConfig(rank=2, alpha=8.0, output_head=True)
+    with pytest.raises(ConfigError, match=r"made with peft\.rank=4"):
+        build(folders, "sft", lora=lora)
+    with pytest.raises(ConfigError, match=r"made with peft\.target_modules=.*lm_head"):
+        build(folders, "policy", lora=LoRAConfig(rank=4, alpha=8.0))
 
 
 def test_the_head_is_not_named_among_the_layers(folders: dict[str, str]) -> None:

@@ -78,7 +78,6 @@ def test_row_24_the_kl_to_the_reference_is_0_at_step_0(
     base = build(folders[policy], folders[policy], folders[reward], dtype=dtype)
     base.train(training)
     assert base.reference_kind == kind
-    assert base.same_start
     assert base.policy_adapter_source == (None if policy == "base" else folders[policy])
     ours, reference = logprobs(base, "policy"), logprobs(base, "reference")
     assert torch.equal(k1(logprobs=ours, reference_logprobs=reference), torch.zeros(3, 4))
@@ -87,13 +86,12 @@ def test_row_24_the_kl_to_the_reference_is_0_at_step_0(
 
 def test_row_24_a_reference_that_is_not_where_the_policy_starts_is_known(folders: Folders) -> None:
     forgotten = build(folders["sft"], folders["base"], value_init="policy")
-    assert not forgotten.same_start
     assert (forgotten.reference_kind, forgotten.policy_adapter_source) == ("adapter_off", folders["sft"])
     assert not torch.equal(logprobs(forgotten, "policy"), logprobs(forgotten, "reference"))
     assert torch.equal(logprobs(forgotten, "reference"), logprobs(load_policy(folders["base"])))
     other = build(folders["sft"], folders["other"], value_init="policy")
-    assert (other.reference_kind, other.same_start) == ("adapter_copy", False)
-    assert not build(folders["base"], folders["sft"], value_init="policy").same_start
+    assert other.reference_kind == "adapter_copy"
+    assert not torch.equal(logprobs(other, "policy"), logprobs(other, "reference"))
 
 
 @pytest.mark.parametrize("own_reference", [False, True])
@@ -145,7 +143,6 @@ def test_roles_do_not_touch_each_other(folders: Folders) -> None:
         assert not torch.equal(logprobs(base, "policy"), before["policy"])
         assert torch.equal(logprobs(base, "reference"), before["reference"])
         assert torch.equal(values(base, "value"), changed)
-        assert not base.same_start
 
 
 def test_row_23_a_step_of_the_policy_leaves_the_reference_alone(folders: Folders) -> None:
@@ -254,15 +251,12 @@ def test_the_reference_is_refreshed_by_a_copy(folders: Folders) -> None:
     for name in ("base", "sft"):
         base = build(folders[name], folders[name], None, own_reference=True)
         assert base.reference_kind == "adapter_copy"
-        assert base.same_start
         perturb(base, "policy")
         kept = values(base, "value")
         base.copy_adapter("policy", "reference")
-        assert base.same_start
         assert torch.equal(logprobs(base, "policy"), logprobs(base, "reference"))
         assert torch.equal(values(base, "value"), kept)
         perturb(base, "policy")
-        assert not base.same_start
     with pytest.raises(ValueError, match="own_reference=True"):
         build(folders["base"], folders["base"], None).copy_adapter("policy", "reference")
 
