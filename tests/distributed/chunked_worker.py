@@ -23,6 +23,7 @@ from rlhf.models.sampling import Suppressed
 from rlhf.models.scoring import check_chunked, response_logprobs, response_logprobs_and_entropy
 from rlhf.worker import leave
 from tests.distributed.engine_worker import SHARD_ALL
+from tests.distributed.ranks import save_on_main
 
 ROWS, NUM_PROMPT, WIDTH, VOCABULARY = 4, 3, 6, 19
 NUM_STEPS = 2
@@ -134,13 +135,7 @@ def run_case(case: Case, num_processes: int) -> dict[str, Any]:
 
 def main(folder: Path, num_processes: int) -> None:
     results = {case.name: run_case(case, num_processes) for case in CASES}
-    runtime = Runtime.start(
-        DistributedConfig(num_processes=num_processes, device="cpu", timeout_seconds=60), ZeroConfig(), seed=5
-    )
-    if runtime.is_main:
-        torch.save(results, folder / "results.pt")
-    runtime.barrier()
-    runtime.stop()
+    save_on_main(results, folder / "results.pt", num_processes)
 
 
 if __name__ == "__main__":

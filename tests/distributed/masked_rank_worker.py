@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.distributed import DistributedConfig
-from rlhf.config.zero import ZeroConfig
-from rlhf.distributed.runtime import Runtime
 from rlhf.ops.logprobs import token_logprobs
 from rlhf.ops.losses import aggregation_count, aggregation_weights, ppo_policy_loss, ppo_value_loss
 from rlhf.worker import leave
 from tests.distributed.engine_worker import ROWS, Case, fixed_batch, start
+from tests.distributed.ranks import save_on_main
 
 CASES = [Case(stage, 2, max_grad_norm=100.0) for stage in (0, 2, 3)]
 NUM_STEPS = 2
@@ -76,13 +74,7 @@ def run_case(case: Case, num_processes: int) -> dict[str, Any]:
 
 def main(folder: Path, num_processes: int) -> None:
     results = {case.name: run_case(case, num_processes) for case in CASES}
-    runtime = Runtime.start(
-        DistributedConfig(num_processes=num_processes, device="cpu", timeout_seconds=60), ZeroConfig(), seed=5
-    )
-    if runtime.is_main:
-        torch.save(results, folder / "results.pt")
-    runtime.barrier()
-    runtime.stop()
+    save_on_main(results, folder / "results.pt", num_processes)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rlhf.config import RLHFConfig
 from rlhf.distributed.runtime import Runtime
 from rlhf.stages.ppo import loop
@@ -18,6 +16,7 @@ from rlhf.stages.ppo.state import TrainingState
 from rlhf.stages.ppo.update import Updater
 from rlhf.worker import leave
 from tests.adapter_example import LORA, write_adapter
+from tests.distributed.ranks import save_on_main
 from tests.ppo_example import ppo_config, write_models
 from tests.stage_example import make_context
 
@@ -101,10 +100,7 @@ def run_case(case: Case, num_processes: int, folder: Path) -> dict[str, Any]:
 
 def main(folder: Path, num_processes: int) -> None:
     results = {case.name: run_case(case, num_processes, folder) for case in CASES}
-    runtime = Runtime.start(config_of(CASES[0], num_processes).distributed, config_of(CASES[0], 1).zero, 1)
-    if runtime.is_main:
-        torch.save(results, folder / f"results{num_processes}.pt")
-    runtime.barrier()
+    save_on_main(results, folder / f"results{num_processes}.pt", num_processes)
 
 
 def write_inputs(folder: Path) -> None:

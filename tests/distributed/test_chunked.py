@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import rlhf
-from rlhf.distributed.launch import launch
 from rlhf.models.scoring import response_logprobs
 from tests.distributed.chunked_worker import CASES, NUM_PROMPT, NUM_STEPS, ROWS, Case, build, fixed_batch, loss
+from tests.distributed.ranks import run_worker
 from tests.unit.ragged import backward
 
 pytestmark = pytest.mark.distributed
-
-ROOT = Path(rlhf.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What rank 0 found, by case."""
     folder = tmp_path_factory.mktemp("chunked")
-    command = [sys.executable, "-m", "tests.distributed.chunked_worker", str(folder), "2"]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    result = launch(command, 2, env_extra={"PYTHONPATH": path}, num_threads=1, log_folder=folder)
-    assert result.exit_code == 0, result
+    run_worker("chunked_worker", folder, 2)
     found: dict[str, dict[str, Any]] = torch.load(folder / "results.pt", weights_only=True)
     return found
 

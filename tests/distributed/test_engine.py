@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import rlhf
-from rlhf.distributed.launch import launch
 from tests.distributed.engine_worker import CASES, NUM_STEPS, RESUMED, Case, build, fixed_batch, loss_sum
+from tests.distributed.ranks import run_worker
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(rlhf.__file__).parent.parent
 Results = dict[int, dict[str, Any]]
 
 
@@ -26,10 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("engine")
     found = {}
     for number in (2, 1):
-        command = [sys.executable, "-m", "tests.distributed.engine_worker", str(folder), str(number)]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        result = launch(command, number, env_extra={"PYTHONPATH": path}, num_threads=1, log_folder=folder)
-        assert result.exit_code == 0, result
+        run_worker("engine_worker", folder, number, num_processes=number)
         found[number] = torch.load(folder / f"results{number}.pt", weights_only=True)
     return found
 

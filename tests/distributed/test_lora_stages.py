@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,18 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 
-import rlhf
-from rlhf.distributed.launch import launch
 from rlhf.models import ScalarModel, load_policy
 from rlhf.models.adapters import base_of
 from rlhf.models.scalar import sequence_scores
 from rlhf.stages import reward_model, sft
 from tests.adapter_example import fixed_batch
 from tests.distributed.lora_worker import LOW_PRECISION, NUM_PROMPT, RESUMED, ROLES, case_config, inputs_of, train_roles
+from tests.distributed.ranks import run_worker
 from tests.distributed.trl_worker import CASES
 from tests.stage_example import make_context, metrics_of, tiny_config, write_comparisons, write_demonstrations
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(rlhf.__file__).parent.parent
 STAGES = ("sft", "reward_model")
 
 
@@ -44,10 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         reward_model.run(make_context(config, folder / run, "reward_model", inputs_of(folder, "reward_model")))
         torch.rand(3)  # the second time the global generator stands elsewhere
     torch.save(train_roles(folder, "plain", 1), folder / "roles-one.pt")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "tests.distributed.lora_worker", str(folder)]
-    result = launch(command, 2, env_extra={"PYTHONPATH": path}, num_threads=1, log_folder=folder)
-    assert result.exit_code == 0, result
+    run_worker("lora_worker", folder)
     return folder
 
 

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import rlhf
-from rlhf.distributed.launch import launch
 from tests.distributed.engine_worker import ROWS, Case, build
 from tests.distributed.masked_rank_worker import BUILD_SEED, CASES, NUM_STEPS, loss
+from tests.distributed.ranks import run_worker
 from tests.unit.ragged import backward
 
 pytestmark = pytest.mark.distributed
-
-ROOT = Path(rlhf.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What rank 0 found, by case. A rank that waited for the other for ever would end by its timeout, and fail."""
     folder = tmp_path_factory.mktemp("masked_rank")
-    command = [sys.executable, "-m", "tests.distributed.masked_rank_worker", str(folder), "2"]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    result = launch(command, 2, env_extra={"PYTHONPATH": path}, num_threads=1, log_folder=folder)
-    assert result.exit_code == 0, result
+    run_worker("masked_rank_worker", folder, 2)
     found: dict[str, dict[str, Any]] = torch.load(folder / "results.pt", weights_only=True)
     return found
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import rlhf
-from rlhf.distributed.launch import launch
 from tests.distributed.partition_worker import CASES, Case, write_inputs
+from tests.distributed.ranks import run_worker
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(rlhf.__file__).parent.parent
 TOLERANCE = 1e-5
 Results = dict[int, dict[str, Any]]
 
@@ -29,10 +24,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     write_inputs(folder / "models")
     found = {}
     for number in (1, 2):
-        command = [sys.executable, "-m", "tests.distributed.partition_worker", str(folder), str(number)]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        result = launch(command, number, env_extra={"PYTHONPATH": path}, num_threads=1, log_folder=folder)
-        assert result.exit_code == 0, result
+        run_worker("partition_worker", folder, number, num_processes=number)
         found[number] = torch.load(folder / f"results{number}.pt", weights_only=True)
     return found
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,17 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-import rlhf
-from rlhf.distributed.launch import launch
 from rlhf.models import ScalarModel, response_scores
 from rlhf.models.scalar import pad_pairs
-from rlhf.stages import reward_model, sft
+from tests.distributed.ranks import run_trained_stages
 from tests.distributed.t5_worker import CASES, RESUMED, case_config
-from tests.stage_example import make_context, metrics_of, weight_bytes, write_comparisons, write_demonstrations
+from tests.stage_example import metrics_of, weight_bytes
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(rlhf.__file__).parent.parent
 STAGES = ("sft", "reward_model")
 
 
@@ -29,16 +24,7 @@ STAGES = ("sft", "reward_model")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process's run in `base`, and those of two ranks beside it."""
     folder = tmp_path_factory.mktemp("t5")
-    write_demonstrations(folder / "data")
-    write_comparisons(folder / "comparisons")
-    config = case_config(folder, {}, num_processes=1)
-    sft.run(make_context(config, folder / "base", "sft"))
-    inputs = {"base": str(folder / "base/stages/sft/model"), "comparisons": str(folder / "comparisons")}
-    reward_model.run(make_context(config, folder / "base", "reward_model", inputs))
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "tests.distributed.t5_worker", str(folder)]
-    result = launch(command, 2, env_extra={"PYTHONPATH": path}, num_threads=1, log_folder=folder)
-    assert result.exit_code == 0, result
+    run_trained_stages(folder, case_config, "t5_worker")
     return folder
 
 

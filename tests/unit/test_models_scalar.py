@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rlhf.config.model import ScratchConfig
 from rlhf.errors import ArtifactError
 from rlhf.models import ScalarModel, build_from_scratch, ensure_distinct_pad, save_model, sequence_scores
+from tests.scalar_checks import check_head_follows_from_its_seed
 
 TEXTS = ["the film was good", "a film that was not good at all", "what a film this was"] * 10
 ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma2", "mistral")
@@ -99,17 +100,7 @@ def test_wrong_masks_are_refused() -> None:
 
 def test_the_head_follows_from_its_seed_alone(tmp_path: Path) -> None:
     model, tokenizer = scratch()
-    save_model(model, tokenizer, tmp_path / "policy")
-    torch.manual_seed(21)
-    state = torch.random.get_rng_state()
-    first = ScalarModel.from_policy(tmp_path / "policy", seed=7)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(22)
-    second = ScalarModel.from_policy(model, seed=7)
-    assert first.state_dict().keys() == second.state_dict().keys()
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name]), name
-    assert not torch.equal(ScalarModel.from_policy(model, seed=8).head.weight, first.head.weight)
+    check_head_follows_from_its_seed(model, tokenizer, tmp_path / "policy")
     assert bool((ScalarModel.from_policy(model, seed=7, zero_head=True).head.weight == 0).all())
 
 

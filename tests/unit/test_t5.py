@@ -32,6 +32,7 @@ from rlhf.models import (
 )
 from rlhf.models.generation import Generation
 from rlhf.models.scalar import pad_pairs
+from tests.scalar_checks import check_head_follows_from_its_seed
 
 TEXTS = ["the film was good", "a film that was not good at all", "what a film this was"] * 10
 STOP_IDS = list(range(0, 270, 9))
@@ -238,17 +239,7 @@ def test_padding_never_matters_to_scores() -> None:
 
 def test_the_head_follows_from_its_seed_alone(tmp_path: Path) -> None:
     model, tokenizer = scratch()
-    save_model(model, tokenizer, tmp_path / "policy")
-    torch.manual_seed(21)
-    state = torch.random.get_rng_state()
-    first = ScalarModel.from_policy(tmp_path / "policy", seed=7)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(22)
-    second = ScalarModel.from_policy(model, seed=7)
-    assert first.state_dict().keys() == second.state_dict().keys()
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name]), name
-    assert not torch.equal(ScalarModel.from_policy(model, seed=8).head.weight, first.head.weight)
+    check_head_follows_from_its_seed(model, tokenizer, tmp_path / "policy")
     zero = ScalarModel.from_policy(model, seed=7, zero_head=True)
     ids, mask = prompts_of([3, 5])
     values = zero.response_values(torch.cat([ids, ids], 1), torch.cat([mask, mask.flip(-1)], 1), 5)
