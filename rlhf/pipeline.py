@@ -16,7 +16,7 @@ from typing import Any
 import rlhf
 from rlhf import data
 from rlhf.config import RLHFConfig, StageName
-from rlhf.config.peft import uses_lora
+from rlhf.config.peft import lora_content
 from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
 from rlhf.data.templates import chat_template
 from rlhf.errors import ArtifactError, ConfigError
@@ -231,7 +231,7 @@ def stage_fingerprint(config: RLHFConfig, stage: StageName, inputs: Mapping[str,
         "precision": [config.distributed.precision, config.distributed.device],
         "section": {name: value for name, value in section.items() if name not in _BOOKKEEPING},
         "model": config.model.model_dump(mode="json", exclude={"path", "chat_template"}),
-        "peft": config.peft.model_dump(mode="json") if uses_lora(config, stage) else None,
+        "peft": lora_content(config, stage),
         "chat_template": None if template is None else chat_template(template),
         "data": [config.data.model_dump(mode="json", exclude={"path"}), data_hash],
         "inputs": {name: _content(path, config.model.revision) for name, path in sorted(inputs.items())},

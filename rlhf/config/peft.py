@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf.config.base import PositiveFloat, PositiveInt, Section
 
@@ -42,6 +42,12 @@ class LoRAConfig(Section):
         None, description="stages that train adapters; null is all, without the SFT of a model from scratch"
     )
 
+    @model_validator(mode="after")
+    def _head_of_ppo(self) -> LoRAConfig:
+        if self.output_head and self.stages is not None and "ppo" not in self.stages:
+            raise ValueError("peft.output_head concerns stage ppo, which peft.stages leaves out: set it to false")
+        return self
+
 
 PEFTConfig = Annotated[NoPEFT | LoRAConfig, Field(discriminator="type")]
 
@@ -59,6 +65,15 @@ def lora_of(config: RLHFConfig, stage: str) -> LoRAConfig | None:
         return peft if stage in peft.stages else None
     from_scratch = stage == "sft" and config.sft.base is None and config.model.path is None
     return peft if stage in TRAINING_STAGES and not from_scratch else None
+
+
+def lora_content(config: RLHFConfig, stage: str) -> dict[str, object] | None:
+    """What of section `peft` decides the stage's result; None where it trains whole models."""
+    lora = lora_of(config, stage)
+    if lora is None:
+        return None
+    others = {"stages"} | ({"output_head"} if stage != "ppo" else set()) | ({"dropout"} if stage != "sft" else set())
+    return lora.model_dump(mode="json", exclude=others)
 
 
 def uses_lora(config: RLHFConfig, stage: str) -> bool:

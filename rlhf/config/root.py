@@ -11,7 +11,7 @@ from rlhf.config.closed_form import ClosedFormConfig
 from rlhf.config.data import DataConfig, EmbeddedData
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.model import ModelConfig
-from rlhf.config.peft import NoPEFT, PEFTConfig
+from rlhf.config.peft import NoPEFT, PEFTConfig, lora_of
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.run import RunConfig
 from rlhf.config.stages import CollectConfig, EvaluateConfig, RewardModelConfig, SFTConfig
@@ -51,6 +51,16 @@ class RLHFConfig(Section):
         order = [STAGES.index(stage) for stage in self.stages]
         if order != sorted(order):
             raise ValueError(f"stages must keep the order {', '.join(STAGES)}; got {', '.join(self.stages)}")
+        return self
+
+    @model_validator(mode="after")
+    def _head_is_whole(self) -> RLHFConfig:
+        lora = lora_of(self, "ppo")
+        if self.zero.stage == 3 and self.ppo.logprob_chunk_tokens is not None and lora is not None and lora.output_head:
+            raise ValueError(
+                "peft.output_head, ppo.logprob_chunk_tokens and zero.stage=3 do not go together: ranks would gather "
+                "the head's adapter unequally often. Set peft.output_head=false or ppo.logprob_chunk_tokens=null"
+            )
         return self
 
     @model_validator(mode="after")

@@ -46,7 +46,8 @@ def new_settings(
     if unknown or not names:
         raise ConfigError(
             f"peft.target_modules: {type(model).__name__} has no linear layer {', '.join(unknown) or '(none given)'} "
-            f"in its transformer; it has {', '.join(sorted(linear))}. peft.output_head=true is for the head"
+            f"in its transformer; it has {', '.join(sorted(linear))}. The output head is "
+            "no name here: peft.output_head=true (output_head=True in rlhf.LoRAConfig)"
         )
     if head in linear:
         raise ConfigError(

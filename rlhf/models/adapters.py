@@ -18,11 +18,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.adapter_shape import HEAD, check_same_shape, new_settings
 from rlhf.models.loading import check_no_missing_weights, load_errors, load_policy, load_tokenizer, quiet
+from rlhf.models.output_head import has_tied_head, untie_head
 from rlhf.models.paths import base_of, check_model_path, is_adapter
 from rlhf.models.scalar import load_classifier, use_pad_token
 
@@ -110,14 +111,9 @@ def _untie_adapted_head(model: PreTrainedModel, path: str, key: str) -> None:
 
     What is merged into the head would else change the embeddings too.
     """
-    head, embeddings = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
-    if head is None or head.weight is not embeddings.weight:
-        return
     weights = lora_weights(path, key)
-    if len(in_transformer(model, weights)) == len(weights):
-        return
-    head.weight = nn.Parameter(head.weight.detach().clone())
-    model.config.tie_word_embeddings = False
+    if has_tied_head(model) and len(in_transformer(model, weights)) < len(weights):
+        untie_head(model)
 
 
 def read_settings(path: str, key: str) -> PeftConfig:
@@ -169,7 +165,7 @@ def _is_set(settings: PeftConfig, name: str) -> bool:
 
 
 def lora_weights(path: str, key: str) -> dict[str, Tensor]:
-    """The A and B matrices of the adapter in folder `path`, under PEFT's names in files, without any head."""
+    """The A and B matrices of the adapter in folder `path`, under PEFT's names in files, without a scorer's head."""
     return {name: value for name, value in _read_weights(path, key).items() if "lora_" in name}
 
 
@@ -232,6 +228,11 @@ def add_adapter(
         given, weights = lora_settings(source, key), lora_weights(source, key)
         if task == TaskType.SEQ_CLS:
             given, weights = _without_head(model, given, weights)
+        elif len(in_transformer(model, weights)) < len(weights):
+            raise ConfigError(
+                f"{key}: the adapter {source} is on the output head too, which this stage cannot train. Start from a "
+                "whole model or another adapter, or set peft=none, which merges it on loading"
+            )
         check_same_shape(given, settings, source, key)
     with torch.random.fork_rng(), _silence():
         torch.manual_seed(seed)
@@ -253,9 +254,10 @@ def _without_head(
     """An adapter's configuration and matrices without what it has on the output head."""
     kept = in_transformer(model, weights)
     heads = {name.partition(".lora_")[0].rpartition(".")[2] for name in weights.keys() - kept.keys()}
+    if not heads or HEAD in heads or isinstance(settings.target_modules, str):
+        return settings, weights
     part = copy.copy(settings)
-    if heads:
-        part.target_modules = sorted(set(settings.target_modules or ()) - heads)
+    part.target_modules = sorted(set(settings.target_modules or ()) - heads)
     return part, kept
 
 

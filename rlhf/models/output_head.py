@@ -44,6 +44,19 @@ def output_head(model: nn.Module) -> nn.Module:
     return cast(nn.Module, head)
 
 
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Whether output head and input embeddings are one tensor."""
+    head, embeddings = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
+    return head is not None and head.weight is embeddings.weight
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Gives the output head weights of its own, equal to the input embeddings it shared."""
+    head = cast(Any, model.get_output_embeddings())
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Calls of the module run `forward` instead of its own, with all hooks around it."""
@@ -115,7 +128,7 @@ def head_statistics(
     if chunk_tokens is not None and _is_sharded_in_parts(head):
         raise ConfigError(
             f"{KEY} under zero.stage=3 needs an output head without adapters of its own, whose weights the ranks would "
-            f"gather unequally often. Leave the head out of the adapter, choose another zero.stage, or set {KEY}=null."
+            f"gather unequally often. Set peft.output_head=false, choose another zero.stage, or set {KEY}=null."
         )
     own_forward = head.forward
 

@@ -144,15 +144,17 @@ class SharedBase(nn.Module):
         model = load_policy(base, model_config, dtype, "ppo.policy")
         disable_dropout(model)
         wanted = new_settings(lora, model, base=base, task=TaskType.CAUSAL_LM, with_head=lora.output_head)
+        head = head_name(model) if lora.output_head else None
         of_value = new_settings(lora, model, base=base, task=TaskType.SEQ_CLS)
         adapters: dict[Role, str | None] = {"policy": "policy", "reference": None}
         heads: dict[Role, Tensor] = {}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            _inject(model, "policy", policy, "ppo.policy", wanted, trained=True)
+            _inject(model, "policy", policy, "ppo.policy", wanted, trained=True, head=head)
             if own_reference or is_adapter(reference):
                 adapters["reference"] = "reference"
-                _inject(model, "reference", reference, "ppo.reference", wanted, trained=own_reference)
+                key = "ppo.reference"
+                _inject(model, "reference", reference, key, wanted, trained=own_reference, head=head)
             if with_value:
                 source = value_model or (reward_model if value_init == "reward_model" else None)
                 adapters["value"] = "value"
@@ -237,7 +239,7 @@ class SharedBase(nn.Module):
 
     @torch.no_grad()
     def copy_adapter(self, source_role: Role, target_role: Role) -> None:
-        """Overwrites the target's A and B with the source's; heads stay. Sharded weights must be gathered.
+        """Overwrites the target's A and B with the source's, heads apart. Sharded weights must be gathered.
 
         Raises `ValueError` when one of them is the base or the adapters differ in shape.
         """
@@ -328,19 +330,32 @@ def _is_on(path: str, base: str, key: str) -> bool:
     return path == base
 
 
-def _inject(model: PreTrainedModel, name: Role, source: str, key: str, wanted: LoraConfig, *, trained: bool) -> None:
-    """Adds the adapter of folder `source`, or a new one where that is a whole model; one to train is like `wanted`."""
+def _inject(
+    model: PreTrainedModel,
+    name: Role,
+    source: str,
+    key: str,
+    wanted: LoraConfig,
+    *,
+    trained: bool,
+    head: str | None = None,
+) -> None:
+    """Adds the adapter of folder `source`, or a new one where that is a whole model; one to train is like `wanted`.
+
+    `head` is the name of the output head where `wanted` is on it; an adapter of stage sft gets new matrices there.
+    """
     if not is_adapter(source):
         inject_adapter(model, wanted, name, None)
         return
     settings, weights = lora_settings(source, key), lora_weights(source, key)
     new_head = False
     if trained:
-        # Stage sft leaves the head alone.
-        targets, of_source = set(wanted.target_modules or ()), set(settings.target_modules or ())
-        new_head = name != "value" and targets - of_source == {head_name(model)}
-        if new_head:
-            settings.target_modules = sorted(of_source | {head_name(model)})
+        has_head = len(in_transformer(model, weights)) < len(weights)
+        if has_head and head is None:
+            raise ConfigError(f"{key}: the adapter {source} is on the output head too. Set peft.output_head=true")
+        new_head = head is not None and not has_head and not isinstance(settings.target_modules, str)
+        if head is not None and new_head:
+            settings.target_modules = sorted({*(settings.target_modules or ()), head})
         check_same_shape(settings, wanted, source, key)
     try:
         inject_adapter(model, settings, name, weights, new_head=new_head)

@@ -128,6 +128,8 @@ def test_roles_on_two_ranks_change_exactly_what_is_trained_as_one_process_does(r
     changed = {name for name, value in found["weights"].items() if not torch.equal(value, found["before"][name])}
     trained = {name for name in found["before"] if ".policy." in name or ".value." in name}
     assert changed == trained
+    assert {f"model.lm_head.lora_{part}.policy.weight" for part in "AB"} <= trained
+    assert not any("lm_head" in name and ".value." in name for name in trained)
     for name, value in expected["weights"].items():
         assert float((found["weights"][name] - value).abs().max()) < 1e-4, name
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)

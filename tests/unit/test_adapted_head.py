@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, TaskType
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rlhf.config.peft import LoRAConfig
+from rlhf.config import RLHFConfig
+from rlhf.config.peft import LoRAConfig, lora_content
 from rlhf.errors import ConfigError
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.models.adapter_shape import new_settings
 from rlhf.models.adapters import load_merged_policy, lora_weights
+from rlhf.models.output_head import has_tied_head
 from rlhf.models.scoring import response_logprobs
 from rlhf.models.shared_base import SharedBase
+from rlhf.stages.ppo.models import FrozenModel, SharedTrunkActorCritic
 from tests.adapter_example import fixed_batch, write_adapter, write_base
 
 HEAD_TOO = LoRAConfig(rank=4, alpha=8.0, output_head=True)
@@ -119,12 +123,33 @@ def test_what_is_saved_is_what_peft_and_a_merge_give(folders: dict[str, str], tm
     torch.testing.assert_close(logprobs(merged), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_merging_into_a_tied_head_leaves_the_embeddings_alone(tmp_path: Path) -> None:
-    base = load_policy(write_base(tmp_path / "untied"))
+def write_tied(folder: Path) -> str:
+    """A base whose head is its embeddings."""
+    base = load_policy(write_base(folder / "base", architecture="gpt2"))
     base.config.tie_word_embeddings = True
     base.tie_weights()
-    base.save_pretrained(tmp_path / "tied")
-    load_tokenizer(str(tmp_path / "untied")).save_pretrained(tmp_path / "tied")
+    base.save_pretrained(folder / "tied")
+    load_tokenizer(str(folder / "base")).save_pretrained(folder / "tied")
+    assert has_tied_head(load_policy(str(folder / "tied")))
+    return str(folder / "tied")
+
+
+def test_a_tied_reference_that_is_refreshed_takes_over_an_untied_policy(tmp_path: Path) -> None:
+    tied = write_tied(tmp_path)
+    policy = load_policy(write_policy(tmp_path / "adapter", tied))
+    reference = FrozenModel(load_policy(tied))
+    reference.untie_like(policy)
+    assert torch.equal(logprobs(reference.model), logprobs(load_policy(tied)))
+    reference.become(SharedTrunkActorCritic(policy))
+    assert torch.equal(logprobs(reference.model), logprobs(policy))
+    resumed = FrozenModel(load_policy(tied))
+    resumed.untie_like(policy)
+    resumed.load_state_dict(reference.state_dict())
+    assert torch.equal(logprobs(resumed.model), logprobs(policy))
+
+
+def test_merging_into_a_tied_head_leaves_the_embeddings_alone(tmp_path: Path) -> None:
+    write_tied(tmp_path)
     folder = write_policy(tmp_path / "adapter", str(tmp_path / "tied"))
     merged = load_merged_policy(folder, None, torch.float32, "ppo.policy")
     expected = logprobs(AutoPeftModelForCausalLM.from_pretrained(folder).eval())
@@ -134,15 +159,46 @@ def test_merging_into_a_tied_head_leaves_the_embeddings_alone(tmp_path: Path) ->
     torch.testing.assert_close(logprobs(load_policy(str(tmp_path / "merged"))), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_that_lacks_more_than_the_head_is_refused(folders: dict[str, str]) -> None:
-    lora = LoRAConfig(rank=2, alpha=8.0, output_head=True)
+def test_an_adapter_that_does_not_fit_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"made with peft\.rank=4"):
-        build(folders, "sft", lora=lora)
-    with pytest.raises(ConfigError, match=r"made with peft\.target_modules=.*lm_head"):
+        build(folders, "sft", lora=LoRAConfig(rank=2, alpha=8.0, output_head=True))
+    with pytest.raises(ConfigError, match=r"is on the output head too\. Set peft\.output_head=true"):
         build(folders, "policy", lora=LoRAConfig(rank=4, alpha=8.0))
+    with pytest.raises(ConfigError, match="is on the output head too, which this stage cannot train"):
+        write_adapter(tmp_path / "sft", folders["policy"], HEAD_TOO)
 
 
 def test_the_head_is_not_named_among_the_layers(folders: dict[str, str]) -> None:
     lora = LoRAConfig(target_modules=("lm_head",))
     with pytest.raises(ConfigError, match=r"has no linear layer lm_head.*peft\.output_head=true"):
         new_settings(lora, load_policy(folders["base"]), base=folders["base"], task=TaskType.CAUSAL_LM)
+
+
+def test_the_head_concerns_ppo_alone() -> None:
+    """Toggling it restarts no other stage, and it is refused where nothing would come of it."""
+    off = RLHFConfig.model_validate({"peft": {"type": "lora"}, "model": {"path": "base"}})
+    on = RLHFConfig.model_validate({"peft": {"type": "lora", "output_head": True}, "model": {"path": "base"}})
+    for stage in ("sft", "reward_model"):
+        assert lora_content(on, stage) == lora_content(off, stage) is not None
+    assert lora_content(on, "ppo") != lora_content(off, "ppo")
+    assert lora_content(on, "evaluate") is None
+    with pytest.raises(ValidationError, match=r"concerns stage ppo, which peft\.stages leaves out"):
+        LoRAConfig(output_head=True, stages=("sft",))
+
+
+def test_the_dropout_concerns_sft_alone_and_the_list_of_stages_none() -> None:
+    plain, other = (
+        RLHFConfig.model_validate({"peft": {"type": "lora", **more}, "model": {"path": "base"}})
+        for more in ({}, {"dropout": 0.1, "stages": ("sft", "ppo")})
+    )
+    assert lora_content(plain, "ppo") == lora_content(other, "ppo")
+    assert lora_content(plain, "sft") != lora_content(other, "sft")
+    assert lora_content(other, "reward_model") is None
+
+
+def test_an_adapted_head_in_pieces_under_stage_3_is_refused() -> None:
+    body = {"peft": {"type": "lora", "output_head": True}, "zero": {"stage": 3}, "ppo": {"logprob_chunk_tokens": 64}}
+    with pytest.raises(ValidationError, match=r"Set peft\.output_head=false or ppo\.logprob_chunk_tokens=null"):
+        RLHFConfig.model_validate(body)
+    RLHFConfig.model_validate({**body, "zero": {"stage": 2}})
+    RLHFConfig.model_validate({**body, "peft": {"type": "lora"}})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.output_head import has_tied_head, untie_head
 from rlhf.models.sampling import Suppressed, suppress_logits
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.scoring import (
@@ -274,6 +275,11 @@ class FrozenModel:
     @contextmanager
     def role(self) -> Iterator[PreTrainedModel]:
         yield self.model
+
+    def untie_like(self, policy: PreTrainedModel) -> None:
+        """Makes room for the policy's weights, which has a head of its own after an adapter on it was merged."""
+        if has_tied_head(self.model) and not has_tied_head(policy):
+            untie_head(self.model)
 
     def become(self, actor_critic: ActorCritic) -> None:
         with actor_critic.policy_role() as policy:

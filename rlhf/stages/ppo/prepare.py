@@ -168,6 +168,8 @@ def assemble(
         suppressed = Suppressed(stop_ids, section.min_response_tokens) if section.min_response_tokens else None
         if section.logprob_chunk_tokens is not None:
             check_chunked(policy)
+        if section.reference_refresh_every is not None and isinstance(reference, FrozenModel):
+            reference.untie_like(policy)
     base = actor_critic.base if isinstance(actor_critic, AdapterActorCritic) else None
     facts = Facts(
         same_artifact=same_artifact,
