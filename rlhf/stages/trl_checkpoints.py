@@ -1,13 +1,15 @@
-"""Checkpoints of a TRL trainer that are known to be whole: a marker is written after all ranks have saved."""
+"""Checkpoints of a TRL trainer that are known to be whole: a marker with hashes follows when all ranks have saved."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.distributed.checkpoints import hash_file
+from rlhf.errors import ConfigError
 from rlhf.runs.files import discard, disk_errors, sync_tree, write_json
+from rlhf.runs.jsonable import read_json
 from rlhf.stages.context import StageContext
 
 MARKER = "rlhf_complete.json"
@@ -31,39 +33,51 @@ def complete_checkpoint(context: StageContext, step: int, keep: int) -> None:
     folder = context.stage.checkpoints / f"{_PREFIX}{step}"
     with disk_errors(folder):
         sync_tree(folder)
-        marker = {"step": step, "layout": _layout(context), "files": _sizes(folder)}
+        marker = {"step": step, "layout": _layout(context), "files": _hashes(folder)}
         write_json(folder / MARKER, marker)
     for old in _by_step(context.stage.checkpoints)[:-keep]:
         discard(old)
 
 
 def find_checkpoint(context: StageContext) -> tuple[Checkpoint | None, str | None]:
-    """The newest whole checkpoint of the stage, and a note for the user where others had to be left.
+    """The newest whole checkpoint of the stage, and a note for the user where a damaged one had to be left.
 
-    Incomplete ones are removed, and so are those of another ZeRO stage or, where state is sharded, of another number of
-    ranks: the trainer cannot read them. All ranks call it and get the same answer.
+    Damaged and unfinished ones are removed. All ranks call it and get the same answer. Raises `ConfigError` for a
+    checkpoint that this run cannot read: of another ZeRO stage or precision or, where state is sharded, of another
+    number of ranks. Nothing is removed then.
     """
     found: tuple[Checkpoint | None, str | None] = (None, None)
+    refusal: str | None = None
     if context.runtime.is_main:
-        found = _search(context)
+        try:
+            found = _search(context)
+        except ConfigError as error:
+            refusal = str(error)
     # Rank 0 alone looks: another rank may see the folder while it is being cleaned.
-    answer: tuple[Checkpoint | None, str | None] = context.runtime.broadcast_object(found)
-    return answer
+    found, refusal = context.runtime.broadcast_object((found, refusal))
+    if refusal is not None:
+        raise ConfigError(refusal)
+    return found
 
 
 def _search(context: StageContext) -> tuple[Checkpoint | None, str | None]:
     note = None
     for folder in reversed(_by_step(context.stage.checkpoints)):
         marker = _read_marker(folder)
-        if marker is not None and marker["layout"] == _layout(context):
-            return Checkpoint(folder, marker["step"]), note
-        if marker is not None:
-            note = (
-                f"the checkpoint of step {marker['step']} was saved with {marker['layout']} and this run has "
-                f"{_layout(context)}: it cannot be resumed, the stage starts over"
+        trouble = None if marker is None else _trouble(folder, marker)
+        if marker is None or trouble is not None:
+            if trouble is not None:
+                note = f"{folder} is damaged and was removed: {trouble}; the stage goes on from the checkpoint before"
+            discard(folder)
+            continue
+        if marker["layout"] != _layout(context):
+            raise ConfigError(
+                f"the checkpoint {folder} was saved with {marker['layout']}, and this run has {_layout(context)}: it "
+                "cannot go on from there. Give the settings it was saved with, or remove the folder to start the stage "
+                "over"
             )
-        discard(folder)
-    return None, note
+        return Checkpoint(folder, marker["step"]), note
+    return None, note if note is None else note.replace("goes on from the checkpoint before", "starts over")
 
 
 def _layout(context: StageContext) -> str:
@@ -74,18 +88,25 @@ def _layout(context: StageContext) -> str:
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:
-    try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(marker, dict) or marker.get("files") != _sizes(folder):
-        return None
-    return marker
+    """The marker; None in a folder that no save has finished."""
+    marker = read_json(folder / MARKER)
+    return marker if isinstance(marker, dict) and {"step", "layout", "files"} <= marker.keys() else None
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _trouble(folder: Path, marker: dict[str, Any]) -> str | None:
+    """What of the files is not as the marker says; None when all is well."""
+    expected, found = marker["files"], _hashes(folder)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if expected.get(name) != found[name]:
+            return f"{name} was cut short or altered"
+    return None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
 
 def _by_step(checkpoints: Path) -> list[Path]:
