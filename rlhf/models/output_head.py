@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -130,7 +131,7 @@ def head_statistics(
             f"{KEY} under zero.stage=3 needs an output head without adapters of its own, whose weights the ranks would "
             f"gather unequally often. Set peft.output_head=false, choose another zero.stage, or set {KEY}=null."
         )
-    own_forward = head.forward
+    own_forward = _with_adapters_of_now(head)
 
     def piece(inputs: Tensor, targets: Tensor, slots: Tensor | None, memo: Memo | None) -> tuple[Tensor, ...]:
         logits = finish_logits(model, own_forward(inputs))
@@ -158,6 +159,28 @@ def head_statistics(
 
     with replaced_forward(head, pieces):
         return cast(tuple[Tensor, ...], head(hidden))
+
+
+def _with_adapters_of_now(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The head's forward with the adapter that is active on it now, also when the backward pass calls it once more.
+
+    By then another role may be active on the model.
+    """
+    forward: Callable[[Tensor], Tensor] = head.forward
+    if not isinstance(head, BaseTunerLayer):
+        return forward
+    layer: Any = head
+    disabled, active = layer._disable_adapters, layer._active_adapter
+
+    def run(inputs: Tensor) -> Tensor:
+        before = layer._disable_adapters, layer._active_adapter
+        layer._disable_adapters, layer._active_adapter = disabled, active
+        try:
+            return forward(inputs)
+        finally:
+            layer._disable_adapters, layer._active_adapter = before
+
+    return run
 
 
 def _is_sharded_in_parts(head: nn.Module) -> bool:

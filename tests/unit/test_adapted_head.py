@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from rlhf.models.scoring import response_logprobs
 from rlhf.models.shared_base import SharedBase
 from rlhf.stages.ppo.models import FrozenModel, SharedTrunkActorCritic
 from tests.adapter_example import fixed_batch, write_adapter, write_base
+from tests.unit.ragged import backward
 
 HEAD_TOO = LoRAConfig(rank=4, alpha=8.0, output_head=True)
 NUM_PROMPT = 5
@@ -111,6 +112,32 @@ def test_a_refreshed_reference_takes_the_head_too(folders: dict[str, str]) -> No
 def test_log_probs_in_pieces_are_those_of_the_adapted_head(folders: dict[str, str]) -> None:
     base = build(folders, "policy")
     torch.testing.assert_close(of_role(base, "policy", chunk_tokens=3), of_role(base, "policy"), rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_in_pieces_are_those_of_the_adapted_head(folders: dict[str, str]) -> None:
+    """The backward pass computes each piece once more, when the policy is no longer the active role."""
+    gradients = []
+    for chunk_tokens in (None, 3):
+        base = build(folders, "policy")
+        ids, mask = fixed_batch()
+        with base.role("policy") as model:
+            found = response_logprobs(
+                model,
+                input_ids=ids,
+                attention_mask=mask,
+                num_prompt=NUM_PROMPT,
+                temperature=0.7,
+                chunk_tokens=chunk_tokens,
+            )
+        values = base.response_values("value", ids, mask, NUM_PROMPT)
+        backward(found.square().sum() + values.square().sum())
+        parts = dict(base.named_parameters())
+        gradients.append({name: cast(Tensor, part.grad) for name, part in parts.items() if part.requires_grad})
+    at_once, in_pieces = gradients
+    for name, gradient in at_once.items():
+        tolerance = 1e-4 * float(gradient.abs().max())
+        torch.testing.assert_close(in_pieces[name], gradient, rtol=1e-4, atol=tolerance)
+    assert float(at_once["model.lm_head.lora_B.policy.weight"].abs().max()) > 0
 
 
 def test_what_is_saved_is_what_peft_and_a_merge_give(folders: dict[str, str], tmp_path: Path) -> None:
