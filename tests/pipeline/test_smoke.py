@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import psutil
 import pytest
 
 from tests.command import ROOT, SMOKE, command, environment, rlhf_command, wait_for
+from tests.small_disk import small_disk
 from tests.stage_example import metrics_of, weight_bytes
 
 STAGES = ("sft", "collect", "reward_model", "ppo", "evaluate")
@@ -175,12 +175,7 @@ def test_the_supervisor_never_imports_torch(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_later(finished: Path, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(small)], check=False)
-    if os.geteuid() != 0 or mounted.returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(tmp_path / "small", "700k") as small:
         result = rlhf_command("run", *SMOKE, f"run.dir={small}/run", cwd=tmp_path)
         assert result.returncode == 1
         assert "no space left" in result.stderr
@@ -189,5 +184,3 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(finished: Path, tmp_path:
         again = rlhf_command("run", *SMOKE, f"run.dir={small}/run", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         assert _trained(small / "run") == _trained(finished)
-    finally:
-        subprocess.run(["umount", str(small)], check=True)

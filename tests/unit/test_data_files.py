@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -355,16 +357,33 @@ def test_damaged_gzip(tmp_path: Path) -> None:
         load_prompts(config(file))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read every file, so permissions cannot be tested")
-def test_permissions(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    file.chmod(0)
-    assert "may not be read by this user" in refused(DataError, file)
-    tmp_path.chmod(0)
+@contextmanager
+def _as_nobody() -> Iterator[None]:
+    """As a user without privileges: the superuser may read every file."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(65534, 65534, 0)
     try:
-        assert "may not be read by this user" in refused(DataError, tmp_path)
+        yield
     finally:
-        tmp_path.chmod(0o700)
+        os.setresuid(0, 0, 0)
+
+
+def test_permissions() -> None:
+    with TemporaryDirectory() as name:  # which others may enter, unlike pytest's
+        folder = Path(name)
+        folder.chmod(0o755)
+        file = write_jsonl(folder / "a.jsonl", ROWS)
+        with _as_nobody():
+            assert load_prompts(config(file)).train
+        file.chmod(0)
+        with _as_nobody():
+            assert "may not be read by this user" in refused(DataError, file)
+        folder.chmod(0)
+        with _as_nobody():
+            assert "may not be read by this user" in refused(DataError, folder)
+        folder.chmod(0o700)
 
 
 def test_permission_errors_become_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

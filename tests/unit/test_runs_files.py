@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from rlhf.errors import DiskFullError
 from rlhf.runs import files
 from rlhf.runs.jsonable import dump_json, read_json, read_lines, to_jsonable
+from tests.small_disk import small_disk
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
@@ -173,14 +173,7 @@ def test_disk_errors_understands_libraries(tmp_path: Path, monkeypatch: pytest.M
 
 def test_really_full_disk(tmp_path: Path) -> None:
     """A file system of 64 KiB: every way of writing ends in the message, and nothing half-written stays."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    options = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]
-    if subprocess.run(options, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this machine does not allow mounting a tmpfs")
-    try:
+    with small_disk(tmp_path / "disk", "64k") as mount:
         files.write_text(mount / "kept.json", "old")
         with pytest.raises(DiskFullError, match=r"kept\.json"):
             files.write_bytes(mount / "kept.json", b"x" * 2**18)
@@ -194,8 +187,6 @@ def test_really_full_disk(tmp_path: Path) -> None:
                 save(mount / "weights.partial")
         files.clean_partial(mount)
         assert names(mount) == {"kept.json"}
-    finally:
-        subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
 def test_hash_path_sees_names_and_contents(tmp_path: Path) -> None:
