@@ -6,29 +6,33 @@ disk, so a killed run leaves either a whole checkpoint or one that no later run 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypedDict
 
-from rlhf.errors import ArtifactError, DiskFullError
+from rlhf.errors import ArtifactError
 
 MARKER = "checkpoint.json"
-_FORMAT = 1
+_FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LOW_SPACE_BYTES = 1 << 20
+
+
+class FileEntry(TypedDict):
+    """A file as the marker has it: bytes, and SHA-256 in hexadecimal digits."""
+
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True)
 class CheckpointShape:
-    """What must be equal for a checkpoint to continue bit for bit."""
+    """Who wrote a checkpoint. Where all of it is equal a continuation is bit-identical, else equal but for rounding."""
 
     world_size: int
     zero_stage: int
@@ -50,22 +54,18 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
-def commit(folder: Path, shape: CheckpointShape) -> None:
-    """Turns the partial folder of `folder` into `folder`: hashes and syncs its files, writes the marker, renames.
+def commit(folder: Path, shape: CheckpointShape, files: Mapping[str, FileEntry]) -> None:
+    """Turns the partial folder of `folder` into `folder`: writes the marker, syncs the folder, renames.
 
-    Called by one rank when all have written. A folder of that name that is there already is replaced.
+    Called by one rank when all have written. `files`: every file's `hash_and_sync`, by its path in the folder. A folder
+    of that name that is there already is replaced.
     """
     partial = partial_folder(folder)
-    files = {
-        path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": _hash_and_sync(path)}
-        for path in sorted(partial.rglob("*"))
-        if path.is_file()
-    }
     marker = partial / MARKER
-    marker.write_text(json.dumps({"format": _FORMAT, "shape": asdict(shape), "files": files}, indent=1) + "\n")
-    _hash_and_sync(marker)
-    for inner in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
-        _sync_folder(inner)
+    body = {"format": _FORMAT, "shape": asdict(shape), "files": dict(sorted(files.items()))}
+    marker.write_text(json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n")
+    hash_and_sync(marker)
+    _sync_folder(partial)
     if folder.exists():
         _remove(folder)
     partial.rename(folder)
@@ -74,18 +74,7 @@ def commit(folder: Path, shape: CheckpointShape) -> None:
 
 def verify(folder: Path) -> CheckpointShape:
     """The shape that wrote the checkpoint. Raises `ArtifactError` when it is missing, cut short or altered."""
-    try:
-        marker = json.loads((folder / MARKER).read_text())
-        shape = CheckpointShape(**marker["shape"])
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in marker["files"].items()}
-        known = marker["format"] == _FORMAT
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(
-            f"{folder} is not a whole checkpoint: its marker {MARKER} cannot be read ({error}). "
-            "Remove the folder; the run then goes on from the checkpoint before, or from the start."
-        ) from error
-    if not known:
-        raise ArtifactError(f"{folder} was written in format {marker['format']}, this version reads format {_FORMAT}.")
+    shape, files = _read_marker(folder)
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
@@ -96,53 +85,88 @@ def verify(folder: Path) -> CheckpointShape:
             trouble = "was altered: its hash differs"
         else:
             continue
-        raise ArtifactError(
-            f"{folder} is not a whole checkpoint: {name} {trouble}. "
-            "Remove the folder; the run then goes on from the checkpoint before, or from the start."
-        )
+        raise ArtifactError(f"{folder} is not a whole checkpoint: {name} {trouble}")
     return shape
 
 
-def latest_checkpoint(parent: Path) -> Path | None:
-    """The whole checkpoint of the highest step, None when there is none; a broken one is passed over with a warning.
+def read_shape(folder: Path) -> CheckpointShape:
+    """Who wrote the checkpoint, by its marker alone. Raises `ArtifactError`."""
+    return _read_marker(folder)[0]
+
+
+def _read_marker(folder: Path) -> tuple[CheckpointShape, dict[str, tuple[int, str]]]:
+    """Who wrote the checkpoint, and size and hash of each file. Raises `ArtifactError`."""
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        shape = CheckpointShape(**marker["shape"])
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in marker["files"].items()}
+        known, digest = marker["format"] == _FORMAT, marker.pop("sha256", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{folder} is not a whole checkpoint: its marker {MARKER} cannot be read ({error})"
+        ) from error
+    if not known:
+        raise ArtifactError(f"{folder} was written in format {marker['format']}, this version reads format {_FORMAT}")
+    if digest != _digest(marker):
+        raise ArtifactError(f"{folder} is not a whole checkpoint: its marker {MARKER} was altered: its hash differs")
+    return shape, files
+
+
+def _digest(body: Mapping[str, object]) -> str:
+    """The marker's hash of itself."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _looks_whole(folder: Path) -> bool:
+    """Whether all files are there in their size; what is in them is not read."""
+    try:
+        _, files = _read_marker(folder)
+    except ArtifactError:
+        return False
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size for name, (size, _) in files.items()
+    )
+
+
+def latest_checkpoint(parent: Path) -> tuple[Path | None, list[str]]:
+    """The whole checkpoint of the highest step, None when there is none, and a note on each broken one passed over.
 
     Every file is read and hashed: on several ranks let rank 0 call it and broadcast the answer.
     """
+    notes = []
     for folder in reversed(_checkpoints(parent)):
         try:
             verify(folder)
         except ArtifactError as error:
-            warnings.warn(f"passing over a broken checkpoint: {error}", stacklevel=2)
+            notes.append(f"passed over a damaged checkpoint: {error}")
         else:
-            return folder
-    return None
+            return folder, notes
+    return None, notes
 
 
 def prune_checkpoints(parent: Path, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints, and what an unfinished save left. For one rank to call."""
-    for folder in _checkpoints(parent)[:-keep]:
+    """Removes all but the `keep` newest checkpoints, and what an unfinished save left. For one rank to call.
+
+    Ones that are known to be damaged (their marker or a file is missing, or has another size) go first.
+    """
+    whole = []
+    for folder in _checkpoints(parent):
+        if _looks_whole(folder):
+            whole.append(folder)
+        else:
+            _remove(folder)
+    for folder in whole[:-keep]:
         _remove(folder)
     for left_over in [*parent.glob("checkpoint-*.partial"), *parent.glob("checkpoint-*.removed")]:
         shutil.rmtree(left_over)
 
 
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk into `DiskFullError`.
-
-    torch's and DeepSpeed's writers raise a `RuntimeError` without an error number, so free space decides for those.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not full and (isinstance(error, OSError) or shutil.disk_usage(existing).free > _LOW_SPACE_BYTES):
-            raise
-        raise DiskFullError(
-            f"no space is left on the disk of {folder}; the checkpoint before is still whole. "
-            "Free some space, or keep fewer checkpoints, and give the same command again."
-        ) from error
+def hash_and_sync(path: Path) -> FileEntry:
+    """Brings a file to the disk; its size and SHA-256, for the marker."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": digest}
 
 
 def hash_file(path: Path) -> str:
@@ -166,13 +190,6 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(aside)
     folder.rename(aside)
     shutil.rmtree(aside)
-
-
-def _hash_and_sync(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return digest
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,27 +7,23 @@ ranks run forward passes of their own in between. Stages 1 to 3 go through Accel
 
 from __future__ import annotations
 
-import random
-import shutil
 from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf.config.zero import ZeroConfig
-from rlhf.distributed.checkpoints import CheckpointShape, commit, disk_errors, partial_folder, verify
 from rlhf.distributed.runtime import Runtime, reset_library_state
+from rlhf.distributed.training_checkpoints import TrainingCheckpoints, find_checkpoint
 from rlhf.distributed.zero import deepspeed_json
-from rlhf.errors import ArtifactError, DiskFullError, UserError
 
-_DEEPSPEED_TAG = "zero"
 _ALL_REDUCE_ELEMENTS = 50_000_000
 
 
@@ -49,6 +45,7 @@ class TrainingEngine:
     max_grad_norm: float
     _accelerator: Any
     _micro_batches: int = field(default=0, init=False)
+    _frozen_changed: bool = field(default=False, init=False)
 
     @classmethod
     def prepare(
@@ -212,8 +209,10 @@ class TrainingEngine:
     def modified(self) -> Iterator[nn.Module]:
         """Yields `unwrapped` with whole weights that may be changed in place, equally on all ranks.
 
-        As `gathered`, but under ZeRO-3 what rank 0 holds on leaving is shared out again.
+        As `gathered`, but under ZeRO-3 what rank 0 holds on leaving is shared out again. From here on checkpoints have
+        the frozen weights too.
         """
+        self._frozen_changed = True
         if self.zero_stage < 3:
             yield self.unwrapped
             return
@@ -248,94 +247,41 @@ class TrainingEngine:
     ) -> None:
         """Writes everything a bit-identical continuation needs: weights, optimiser, schedule, every rank's generators.
 
-        `extra` is this rank's own state, `shared` is rank 0's and read by all; both of tensors and plain Python values.
-        The folder appears under its name only when it is whole. Every rank must call it, between optimiser steps.
-        Raises `DiskFullError`.
+        `extra` is this rank's own state, `shared` is rank 0's and read by all; both of plain values and tensors. The
+        folder appears under its name only when it is whole. Every rank must call it, between optimiser steps.
         """
         if self._micro_batches:
             raise RuntimeError("a checkpoint is written between optimiser steps, not within one")
-        partial = partial_folder(folder)
-        if self.runtime.is_main:
-            with disk_errors(folder):
-                _make_empty(partial)
-        self.runtime.barrier()
-        try:
-            with disk_errors(folder):
-                self._write_checkpoint(partial, extra or {}, shared or {})
-                self.runtime.barrier()
-                if self.runtime.is_main:
-                    commit(folder, self._shape)
-        except DiskFullError:
-            shutil.rmtree(partial, ignore_errors=True)  # the other ranks, waiting for this one, end with it
-            raise
-        self.runtime.barrier()
-
-    def _write_checkpoint(self, partial: Path, extra: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
-        """This rank's files."""
-        if self.runtime.is_main:
-            torch.save(dict(shared), partial / "shared.pt")
-        if self.zero_stage > 0:
-            self._sharded.save_checkpoint(str(partial), tag=_DEEPSPEED_TAG, save_latest=False)
-        elif self.runtime.is_main:
-            state = {"module": self.unwrapped.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, partial / "training.pt")
-        rank_state = {
+        body = {
             "scheduler": self.scheduler.state_dict(),
-            "generators": _generator_states(self.runtime.device),
-            "extra": dict(extra),
+            "frozen_changed": self._frozen_changed,
+            "shared": dict(shared or {}),
         }
-        torch.save(rank_state, partial / f"rank{self.runtime.rank}.pt")
+        self._checkpoints.save(folder, shared=body, own=extra, frozen_changed=self._frozen_changed)
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Restores what `save_checkpoint` wrote and returns `shared` with this rank's `extra` on top of it.
 
-        Every rank must call it.
+        Every rank must call it. The checkpoint may be of another number of ranks or another ZeRO stage: the training
+        then goes on as it would have but for rounding, if its global batches stay what they were.
 
-        Raises `ArtifactError`, on all ranks, when the folder is not whole or another number of ranks, ZeRO stage or
-        precision wrote it.
+        Raises `ArtifactError`, on all ranks, when the folder is not whole or belongs to another training.
         """
-        trouble = self.runtime.broadcast_object(self._why_not_loadable(folder) if self.runtime.is_main else None)
-        if trouble is not None:
-            raise ArtifactError(trouble)
-        if self.zero_stage > 0:
-            path, _ = self._sharded.load_checkpoint(
-                str(folder), tag=_DEEPSPEED_TAG, load_lr_scheduler_states=False, load_optimizer_states=True
-            )
-            if path is None:
-                raise ArtifactError(f"DeepSpeed found no state in {folder}. Remove the folder and run again.")
-        else:
-            saved = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-            if not saved["optimizer"]["state"]:
-                # Loading it would go through, and training would go on as another one.
-                raise ArtifactError(
-                    f"the optimiser's state in {folder} is empty, so training cannot go on from there. Remove the "
-                    "folder and run again."
-                )
-            self.unwrapped.load_state_dict(saved["module"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        rank_state = torch.load(folder / f"rank{self.runtime.rank}.pt", map_location="cpu", weights_only=True)
-        self.scheduler.load_state_dict(rank_state["scheduler"])
-        _set_generator_states(rank_state["generators"], self.runtime.device)
+        body, extra = self._checkpoints.load(folder)
+        self._checkpoints.set_generators(folder)
+        self.scheduler.load_state_dict(body["scheduler"])
+        self._frozen_changed = body["frozen_changed"]
         self._micro_batches = 0
-        shared: dict[str, Any] = torch.load(folder / "shared.pt", map_location="cpu", weights_only=True)
-        return {**shared, **rank_state["extra"]}
+        return {**body["shared"], **extra}
 
-    @property
-    def _shape(self) -> CheckpointShape:
-        return CheckpointShape(self.runtime.world_size, self.zero_stage, self.runtime.precision)
+    def find_checkpoint(self, parent: Path) -> tuple[Path | None, list[str]]:
+        """See `rlhf.distributed.training_checkpoints.find_checkpoint`."""
+        return find_checkpoint(parent, self.runtime, self.zero_stage)
 
-    def _why_not_loadable(self, folder: Path) -> str | None:
-        try:
-            written = verify(folder)
-        except UserError as error:
-            return str(error)
-        if written == self._shape:
-            return None
-        return (
-            f"{folder} was written by {written.describe()}; this run is {self._shape.describe()}. A checkpoint "
-            "continues only as it was written: set distributed.num_processes, zero and distributed.precision back, "
-            "or start anew in another run folder."
-        )
+    @cached_property
+    def _checkpoints(self) -> TrainingCheckpoints:
+        sharded = self._sharded if self.zero_stage else None
+        return TrainingCheckpoints(self.unwrapped, self.optimizer, self.runtime, sharded)
 
 
 def _broadcast_weights(module: nn.Module, runtime: Runtime) -> None:
@@ -357,33 +303,3 @@ def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         elements += tensor.numel()
     if bucket:
         yield bucket
-
-
-def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _generator_states(device: torch.device) -> dict[str, Any]:
-    """The global random number generators, as plain values that `torch.load(weights_only=True)` reads."""
-    kind, keys, position, has_gauss, cached = numpy.random.get_state()
-    version, internal, gauss = random.getstate()
-    states: dict[str, Any] = {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, numpy.asarray(keys).tolist(), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_generator_states(states: Mapping[str, Any], device: torch.device) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)

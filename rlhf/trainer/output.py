@@ -110,7 +110,7 @@ class Output:
 
     def _trouble(self, folder: Path, settings: Mapping[str, Any], resume: bool) -> str | None:
         numbers = RunFolder(folder).metrics
-        if latest_checkpoint(folder / "checkpoints") is None and not (numbers.exists() and numbers.stat().st_size):
+        if latest_checkpoint(folder / "checkpoints")[0] is None and not (numbers.exists() and numbers.stat().st_size):
             return None
         if not resume:
             return (

@@ -17,21 +17,21 @@ Results = dict[int, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Everything the ranks computed, by number of ranks. Two ranks go first: the other run reads their checkpoint."""
+    """Everything the ranks computed, by number of ranks."""
     folder = tmp_path_factory.mktemp("engine")
     found = {}
-    for number in (2, 1):
+    for number in (1, 2):
         run_worker("engine_worker", folder, number, num_processes=number)
         found[number] = torch.load(folder / f"results{number}.pt", weights_only=True)
     return found
 
 
-def oracle(max_grad_norm: float) -> tuple[dict[str, torch.Tensor], list[float], float]:
+def oracle(max_grad_norm: float, num_steps: int = NUM_STEPS) -> tuple[dict[str, torch.Tensor], list[float], float]:
     """A plain torch loop over the whole batch at once, gradient clipping by hand."""
     module, optimizer, scheduler = build(seed=1)
     tokens, targets, mask = fixed_batch()
     norms = []
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         optimizer.zero_grad()
         (loss_sum(module(tokens), targets, mask) / mask.sum()).backward()  # type: ignore[no-untyped-call]
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
@@ -86,14 +86,6 @@ def test_bf16_stays_near_fp32(results: Results, number: int, case: Case) -> None
 @pytest.mark.parametrize("case", RESUMED, ids=lambda case: case.name)
 def test_resume_is_bit_identical(results: Results, number: int, case: Case) -> None:
     assert results[number]["resume " + case.name] is True
-
-
-def test_a_checkpoint_of_another_shape_is_refused_by_name(results: Results) -> None:
-    assert (
-        "was written by 2 ranks, zero.stage=2, fp32; this run is 2 ranks, zero.stage=1, fp32" in results[2]["refused"]
-    )
-    assert "was written by 2 ranks, zero.stage=2, fp32; this run is 1 rank, zero.stage=1, fp32" in results[1]["refused"]
-    assert "set distributed.num_processes, zero and distributed.precision back" in results[1]["refused"]
 
 
 @pytest.mark.parametrize("number", [1, 2])

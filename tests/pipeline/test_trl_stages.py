@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.config import RLHFConfig
 from rlhf.data import load_demonstrations
 from rlhf.data.tokenization import EncodedPair, encode_pair
+from rlhf.distributed import checkpoints
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
 from rlhf.stages import reward_model, sft, trl_adapter
 from rlhf.stages.context import StageOutput
 from rlhf.stages.trl_adapter import Schedule, example_order
-from rlhf.stages.trl_checkpoints import complete_checkpoint
 from tests.stage_example import (
     SPLIT_SIZES,
     make_context,
@@ -159,8 +159,8 @@ def test_sft_publishes_a_model_that_transformers_loads(base: Path, files: Path) 
     assert model.config.use_cache
     assert not (folder / "training_args.bin").exists()
     lines = metrics_of(base, "sft")
-    # Before each save the open averages are logged, so that none is lost on a resume.
-    assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 10]
+    # Checkpoints, at 4 and 8, change nothing of it.
+    assert [line["step"] for line in lines] == [3, 6, 9, 10]
     assert lines[-1]["sft/loss"] < lines[0]["sft/loss"]
     validation = [
         encode_pair(tokenizer, row.prompt, row.response)
@@ -248,12 +248,12 @@ def _kill_at_step(step: int) -> Callable[[pytest.MonkeyPatch], None]:
 
 def _kill_while_saving(step: int) -> Callable[[pytest.MonkeyPatch], None]:
     def apply(patch: pytest.MonkeyPatch) -> None:
-        def complete(context: Any, at: int, keep: int) -> None:
-            if at == step:
+        def commit(folder: Path, *arguments: Any) -> None:
+            if folder.name == f"checkpoint-{step}":
                 raise Killed
-            complete_checkpoint(context, at, keep)
+            checkpoints.commit(folder, *arguments)
 
-        patch.setattr("rlhf.stages.trl_adapter.complete_checkpoint", complete)
+        patch.setattr("rlhf.distributed.training_checkpoints.commit", commit)
 
     return apply
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,13 +11,13 @@ from rlhf.distributed.checkpoints import (
     CheckpointShape,
     checkpoint_folder,
     commit,
-    disk_errors,
+    hash_and_sync,
     latest_checkpoint,
     partial_folder,
     prune_checkpoints,
     verify,
 )
-from rlhf.errors import ArtifactError, DiskFullError
+from rlhf.errors import ArtifactError
 
 SHAPE = CheckpointShape(world_size=2, zero_stage=3, precision="fp32")
 
@@ -27,10 +25,10 @@ SHAPE = CheckpointShape(world_size=2, zero_stage=3, precision="fp32")
 def write(parent: Path, step: int, content: str = "weights") -> Path:
     folder = checkpoint_folder(parent, step)
     partial = partial_folder(folder)
-    (partial / "zero").mkdir(parents=True)
-    (partial / "zero" / "weights.pt").write_text(content)
-    (partial / "rank0.pt").write_text("generators")
-    commit(folder, SHAPE)
+    partial.mkdir(parents=True)
+    (partial / "weights-00000.safetensors").write_text(content)
+    (partial / "rank-00000.json").write_text("generators")
+    commit(folder, SHAPE, {path.name: hash_and_sync(path) for path in partial.iterdir()})
     return folder
 
 
@@ -44,13 +42,13 @@ def test_a_committed_checkpoint_is_whole(tmp_path: Path) -> None:
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     write(tmp_path, 10, "old")
     folder = write(tmp_path, 10, "new")
-    assert (folder / "zero" / "weights.pt").read_text() == "new"
+    assert (folder / "weights-00000.safetensors").read_text() == "new"
     assert verify(folder) == SHAPE
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
 
 
 def damage(folder: Path, kind: str) -> None:
-    weights = folder / "zero" / "weights.pt"
+    weights = folder / "weights-00000.safetensors"
     if kind == "missing":
         weights.unlink()
     elif kind == "short":
@@ -61,21 +59,24 @@ def damage(folder: Path, kind: str) -> None:
         (folder / MARKER).unlink()
     elif kind == "torn marker":
         (folder / MARKER).write_text((folder / MARKER).read_text()[:40])
+    elif kind == "altered marker":
+        (folder / MARKER).write_text((folder / MARKER).read_text().replace('"zero_stage": 3', '"zero_stage": 2'))
     elif kind == "strange marker":
         (folder / MARKER).write_text("[]")
     else:
-        (folder / MARKER).write_text((folder / MARKER).read_text().replace('"format": 1', '"format": 9'))
+        (folder / MARKER).write_text((folder / MARKER).read_text().replace('"format": 2', '"format": 9'))
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "weights.pt is missing"),
+        ("missing", "weights-00000.safetensors is missing"),
         ("short", "has 5 bytes instead of 7"),
         ("altered", "was altered"),
         ("no marker", "cannot be read"),
         ("torn marker", "cannot be read"),
         ("strange marker", "cannot be read"),
+        ("altered marker", "its marker checkpoint.json was altered"),
         ("format", "format 9"),
     ],
 )
@@ -84,17 +85,20 @@ def test_a_broken_checkpoint_is_named_and_passed_over(tmp_path: Path, kind: str,
     damage(broken, kind)
     with pytest.raises(ArtifactError, match=message):
         verify(broken)
-    with pytest.warns(UserWarning, match="checkpoint-10"):
-        assert latest_checkpoint(tmp_path) == whole
+    found, notes = latest_checkpoint(tmp_path)
+    assert found == whole
+    assert len(notes) == 1
+    assert "checkpoint-10" in notes[0]
+    assert message in notes[0]
 
 
 def test_latest_goes_by_number_and_ignores_what_is_no_checkpoint(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path / "nowhere") is None
-    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "nowhere") == (None, [])
+    assert latest_checkpoint(tmp_path) == (None, [])
     newest = [write(tmp_path, step) for step in (10, 100, 20)][1]
     partial_folder(checkpoint_folder(tmp_path, 200)).mkdir()
     (tmp_path / "model").mkdir()
-    assert latest_checkpoint(tmp_path) == newest
+    assert latest_checkpoint(tmp_path) == (newest, [])
 
 
 def test_pruning_keeps_the_newest_and_sweeps_up(tmp_path: Path) -> None:
@@ -108,24 +112,10 @@ def test_pruning_keeps_the_newest_and_sweeps_up(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def raise_in_context(error: Exception) -> None:
-        with disk_errors(tmp_path / "not" / "there" / "yet"):
-            raise error
-
-    with pytest.raises(DiskFullError, match="no space is left"):
-        raise_in_context(OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(PermissionError):
-        raise_in_context(PermissionError(errno.EACCES, "no"))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        raise_in_context(RuntimeError("size mismatch"))
-
-    class Usage:
-        free = 4096
-
-    def almost_full(path: Any) -> Usage:
-        return Usage()
-
-    monkeypatch.setattr("shutil.disk_usage", almost_full)
-    with pytest.raises(DiskFullError):
-        raise_in_context(RuntimeError("PytorchStreamWriter failed writing file data/0"))
+def test_a_damaged_checkpoint_does_not_count_as_one_of_those_to_keep(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    damage(checkpoint_folder(tmp_path, 3), "short")
+    damage(checkpoint_folder(tmp_path, 4), "missing")
+    prune_checkpoints(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]

@@ -17,7 +17,6 @@ from rlhf.stages import context as context_module
 from rlhf.stages import sft
 from rlhf.stages.context import StageContext, partial_folder, publish_model
 from rlhf.stages.trl_adapter import Schedule, example_order, plan_schedule, training_arguments
-from rlhf.stages.trl_checkpoints import MARKER, complete_checkpoint, find_checkpoint
 from tests.stage_example import make_context, tiny_config, write_demonstrations
 
 
@@ -106,90 +105,6 @@ def test_labels_leave_the_prompt_out_and_keep_eos() -> None:
         "labels": [[-100, -100, -100, 7, 2], [-100, 8, 9, 2]],
     }
     assert sft.training_rows(pairs, train_on_prompt=True)["labels"] == [[1, 5, 6, 7, 2], [1, 8, 9, 2]]
-
-
-def _save(context: StageContext, step: int) -> Path:
-    folder = context.stage.checkpoints / f"checkpoint-{step}"
-    (folder / "global").mkdir(parents=True)
-    (folder / "weights.bin").write_bytes(b"x" * step)
-    (folder / "global" / "optimizer.bin").write_bytes(b"y" * step)
-    return folder
-
-
-def test_only_whole_checkpoints_are_found(tmp_path: Path) -> None:
-    context = _context(tmp_path)
-    assert find_checkpoint(context) == (None, None)
-    for step in (9, 10):
-        _save(context, step)
-        complete_checkpoint(context, step, keep=5)
-    unfinished = _save(context, 11)
-    found, note = find_checkpoint(context)
-    assert found is not None
-    assert (found.step, note) == (10, None)
-    assert not unfinished.exists()
-    # A file that lost its end makes the checkpoint before it the newest.
-    (found.path / "global" / "optimizer.bin").write_bytes(b"y" * 3)
-    again, note = find_checkpoint(context)
-    assert again is not None
-    assert again.step == 9
-    assert note is not None
-    assert "checkpoint-10 is damaged and was removed: global/optimizer.bin was cut short or altered" in note
-    (again.path / "weights.bin").unlink()
-    none, note = find_checkpoint(context)
-    assert none is None
-    assert note is not None
-    assert "weights.bin is missing; the stage starts over" in note
-    assert list(context.stage.checkpoints.iterdir()) == []
-
-
-def test_a_flipped_byte_is_noticed(tmp_path: Path) -> None:
-    context = _context(tmp_path)
-    for step in (1, 2):
-        _save(context, step)
-        complete_checkpoint(context, step, keep=5)
-    path = context.stage.checkpoints / "checkpoint-2" / "weights.bin"
-    content = bytearray(path.read_bytes())
-    content[0] ^= 1
-    path.write_bytes(bytes(content))
-    found, note = find_checkpoint(context)
-    assert found is not None
-    assert found.step == 1
-    assert note is not None
-    assert "weights.bin was cut short or altered" in note
-
-
-def test_old_checkpoints_go_after_the_new_one_is_whole(tmp_path: Path) -> None:
-    context = _context(tmp_path)
-    for step in (2, 9, 10, 11):
-        _save(context, step)
-        complete_checkpoint(context, step, keep=2)
-    assert sorted(path.name for path in context.stage.checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-11"]
-    assert all((path / MARKER).is_file() for path in context.stage.checkpoints.iterdir())
-
-
-def test_a_sharded_checkpoint_of_other_ranks_is_refused_and_kept(tmp_path: Path) -> None:
-    context = make_context(tiny_config(tmp_path, zero={"stage": 2}), tmp_path / "run", "sft")
-    folder = _save(context, 4)
-    complete_checkpoint(context, 4, keep=2)
-    found, note = find_checkpoint(context)
-    assert found is not None
-    assert note is None
-    marker = (folder / MARKER).read_text()
-    assert "processes=1" in marker
-    (folder / MARKER).write_text(marker.replace("processes=1", "processes=2"))
-    with pytest.raises(ConfigError, match=r"saved with zero\.stage=2, processes=2.*remove the folder to start"):
-        find_checkpoint(context)
-    assert (folder / MARKER).is_file()
-
-
-def test_a_checkpoint_without_deepspeed_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
-    context = _context(tmp_path)
-    folder = _save(context, 4)
-    complete_checkpoint(context, 4, keep=2)
-    assert "processes" not in (folder / MARKER).read_text()
-    sharded = make_context(tiny_config(tmp_path, zero={"stage": 1}), tmp_path / "run", "sft")
-    with pytest.raises(ConfigError, match=r"saved with zero\.stage=0.*this run has zero\.stage=1, processes=1"):
-        find_checkpoint(sharded)
 
 
 def test_a_model_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
