@@ -18,6 +18,7 @@ from rlhf import data
 from rlhf.config import RLHFConfig, StageName
 from rlhf.config.peft import lora_content
 from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
+from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
 from rlhf.data.templates import chat_template
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.paths import base_of, check_model_path, is_adapter, is_local
@@ -29,10 +30,9 @@ from rlhf.runs.folder import RunFolder
 # Raised when the code of a stage changes so that an old result is no longer what the same config gives.
 FINGERPRINT_VERSION = 2
 
-# Keys that do not decide what comes out: how often something is written, and where inputs lie (their content counts).
+# Keys that do not decide what comes out, and where inputs lie (their content counts).
 _BOOKKEEPING = {
-    "save_every",
-    "keep_checkpoints",
+    *TRAINING_BOOKKEEPING,
     "policy",
     "reference",
     "reward_model",

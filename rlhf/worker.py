@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -11,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from rlhf.config import RLHFConfig, StageName
-from rlhf.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_SUCCESS, UserError
+from rlhf.distributed import stopping
+from rlhf.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_SUCCESS, Stopped, UserError
+from rlhf.runs import manifest
 from rlhf.runs.console import quiet_libraries
-from rlhf.runs.files import disk_full, is_disk_full
+from rlhf.runs.files import storage_error
 from rlhf.runs.folder import RunFolder, StageResult
 
 if TYPE_CHECKING:
@@ -32,8 +36,8 @@ STAGE_MODULES: dict[str, str] = {
 
 def run_stage(config: RLHFConfig, run: RunFolder, name: StageName, runtime: Runtime) -> None:
     """Runs one stage on this rank and, on rank 0, records its result. All ranks return together."""
-    from rlhf.distributed.memory import peak_memory_bytes
     from rlhf.pipeline import resolve_inputs
+    from rlhf.planning.during_run import StageMemory
     from rlhf.stages.context import StageContext
 
     started = time.monotonic()
@@ -41,15 +45,17 @@ def run_stage(config: RLHFConfig, run: RunFolder, name: StageName, runtime: Runt
     context = StageContext(
         config=config, run=run, stage=stage, runtime=runtime, inputs=resolve_inputs(config, run, name)
     )
-    output = importlib.import_module(STAGE_MODULES[name]).run(context)
-    peaks = runtime.gather_objects(peak_memory_bytes(runtime.device))
+    module = importlib.import_module(STAGE_MODULES[name])
+    memory = StageMemory.start(config, name, context.inputs, runtime)
+    output = module.run(context)
+    measured = runtime.gather_objects(memory.meter.read())
     if runtime.is_main:
         result = StageResult(
             stage=name,
             fingerprint=stage.read_fingerprint() or "",
             seconds=time.monotonic() - started,
             outputs=stage.hash_outputs(output.outputs),
-            summary={**output.summary, "perf/peak_memory_bytes": max(peaks)},
+            summary={**output.summary, **memory.summary(measured)},
         )
         stage.write_result(result)
     runtime.barrier()
@@ -57,19 +63,37 @@ def run_stage(config: RLHFConfig, run: RunFolder, name: StageName, runtime: Runt
 
 def explain(error: BaseException, run: RunFolder | None, debug: bool) -> int:
     """Prints what went wrong on standard error, as a message unless `debug` asks for the traceback; the exit code."""
+    if isinstance(error, Stopped):
+        print(f"rlhf: {error}", file=sys.stderr)
+        return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print("rlhf: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     place = run.path if run is not None else Path.cwd()
-    if not isinstance(error, UserError) and is_disk_full(error, place):
-        error = disk_full(place)
-    if debug or not isinstance(error, UserError):
+    if not isinstance(error, UserError):
+        error = storage_error(error, place) or error
+    if debug or not (isinstance(error, UserError) or stopping.requested() is not None):
         traceback.print_exception(error)
     if isinstance(error, UserError):
         print(f"rlhf: error: {error}", file=sys.stderr)
         return error.exit_code
+    stopped_by = stopping.requested()
+    if stopped_by is not None:
+        # Mostly a rank that was told to end a moment earlier and closed its connections.
+        print(f"rlhf: {Stopped(stopped_by)} ({type(error).__name__} while stopping: {error})", file=sys.stderr)
+        return 128 + stopped_by
     print(f"rlhf: internal error: {type(error).__name__}: {error}", file=sys.stderr)
     return EXIT_FAILURE
+
+
+def note_stop(run: RunFolder, name: StageName, stopped: Stopped) -> None:
+    """Rank 0 writes down at which step its stage stopped, for the message and the manifest."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    note = {"signal": signal.Signals(stopped.number).name, "step": stopped.step}
+    # The stop itself went well: a disk that is full now is the next start's affair.
+    with contextlib.suppress(UserError, OSError):
+        manifest.update_stage(run, name, stopped=note)
 
 
 def main(arguments: list[str]) -> int:
@@ -79,8 +103,9 @@ def main(arguments: list[str]) -> int:
     run = RunFolder(Path(folder))
     from rlhf.distributed.launch import die_with_parent
 
-    die_with_parent()
     try:
+        stopping.install()
+        die_with_parent()
         from rlhf.config import config_from_file
 
         quiet_libraries()
@@ -89,6 +114,9 @@ def main(arguments: list[str]) -> int:
 
         runtime = Runtime.start(config.distributed, config.zero, config.seed)
         run_stage(config, run, name, runtime)  # type: ignore[arg-type]  # checked against STAGES by the supervisor
+    except Stopped as stopped:
+        note_stop(run, name, stopped)  # type: ignore[arg-type]
+        return stopped.exit_code
     # The process boundary: every error becomes a message and an exit code.
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         return explain(error, run, debug)

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from rlhf.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 
+# Keys that decide how often something is written and in what portions it is computed, not what comes out.
+BOOKKEEPING = frozenset({"save_every", "keep_checkpoints", "micro_batch_size", "gradient_checkpointing"})
+
 
 class TrainingConfig(Section):
     """AdamW over a global batch: `batch_size` counts examples an optimiser step over all ranks."""

@@ -7,7 +7,7 @@ log-probs. Of an encoder-decoder model the encoder runs once and the loop is the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -235,6 +235,7 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int = 0,
     suppressed: Suppressed | None = None,
+    before_token: Callable[[], None] | None = None,
 ) -> Generation:
     """Samples one response a row from softmax(logits / temperature), until a stop token or `max_response_tokens`.
 
@@ -242,6 +243,7 @@ def generate(
     decide the tokens: the t-th number of a row draws its t-th token. `suppressed` tokens cannot be drawn in the first
     slots; log-probs are those of what can be. The model is left as it was found; dropout is off. The prompts of an
     encoder-decoder model go to its encoder, and its decoder begins with the config's `decoder_start_token_id`.
+    `before_token` is called before each forward pass; what it raises ends the sampling and passes through.
 
     Raises `ValueError` for shapes or a mask that do not fit, `ConfigError` when prompt and response exceed the model's
     positions.
@@ -261,6 +263,8 @@ def generate(
         decoder = _start(model, prompt_mask, max_response_tokens)
         rows = torch.arange(batch, device=device)  # which row of the result each row of the decoder writes
         writing = torch.ones(batch, dtype=torch.bool, device=device)  # (b,) rows of the decoder that have not stopped
+        if before_token is not None:
+            before_token()
         logits = decoder.prefill(prompt_ids, prompt_mask)
         for step in range(max_response_tokens):
             logits = suppress_logits(logits.unsqueeze(1), suppressed, first_slot=step).squeeze(1)
@@ -277,6 +281,8 @@ def generate(
                 kept = writing.nonzero().squeeze(-1)
                 decoder.keep(kept)
                 rows, tokens, writing = rows[kept], tokens[kept], writing[kept]
+            if before_token is not None:
+                before_token()
             logits = decoder.decode(tokens)
 
     longest = int(lengths.max()) if batch else 0

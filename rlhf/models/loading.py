@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from rlhf.data.hub_access import use_cache_if_hub_is_silent
 from rlhf.data.templates import chat_template
 from rlhf.data.tokenization import use_encoder_prompts
 from rlhf.errors import ArtifactError, ConfigError
@@ -53,8 +54,12 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def load_errors(path: str, key: str) -> Iterator[None]:
-    """Turns what transformers raises while it loads `path`, named by the config key `key`, into a `UserError`."""
+    """Turns what transformers raises while it loads `path`, named by the config key `key`, into a `UserError`.
+
+    For a hub id it first sees to it that a hub that does not answer costs seconds and not minutes.
+    """
     place = f"{key}: {Path(path).absolute() if is_local(path) else path}"
+    silent = None if is_local(path) else use_cache_if_hub_is_silent()
     try:
         yield
     except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
@@ -68,7 +73,7 @@ def load_errors(path: str, key: str) -> Iterator[None]:
     except OSError as error:
         if is_local(path):
             raise ArtifactError(f"{place} cannot be loaded: {error}") from error
-        raise ConfigError(f"{place} {_hub_reason(error)}") from error
+        raise ConfigError(f"{place} {_hub_reason(error, silent)}") from error
     except (ValueError, KeyError) as error:
         hint = ". Code that comes with a model runs only with model.trust_remote_code=true"
         raise ArtifactError(
@@ -76,13 +81,18 @@ def load_errors(path: str, key: str) -> Iterator[None]:
         ) from error
 
 
-def _hub_reason(error: BaseException) -> str:
-    """Why the hub did not deliver, and what to do, from the chain of errors."""
+def _hub_reason(error: BaseException, silent: str | None) -> str:
+    """Why the hub did not deliver, and what to do, from the chain of errors; `silent`: why it did not answer at all."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
+    if silent is not None:
+        return (
+            f"is not in the cache, and the hub does not answer ({silent}). Check the network and HF_ENDPOINT, or give "
+            "a local folder"
+        )
     for kind, reason in (
         (GatedRepoError, "is gated: accept its terms on huggingface.co, then log in with `hf auth login`"),
         (RevisionNotFoundError, "has no such model.revision; see its branches and tags on huggingface.co"),

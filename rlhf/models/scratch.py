@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import (
 from rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from rlhf.config.model import ScratchConfig
 
@@ -76,17 +76,8 @@ def build_from_scratch(
 
     The global random state is neither read nor changed. Raises `ConfigError` when the sizes do not fit each other.
     """
-    if config.hidden_size % config.num_heads:
-        raise ConfigError(
-            f"model.scratch.hidden_size ({config.hidden_size}) must be a multiple of model.scratch.num_heads "
-            f"({config.num_heads})"
-        )
+    check_sizes(config)
     encoder_decoder = config.architecture == "t5"
-    if config.architecture not in ("gpt2", "t5") and (config.hidden_size // config.num_heads) % 2:
-        raise ConfigError(
-            f"model.scratch.hidden_size / num_heads ({config.hidden_size // config.num_heads}) must be even for "
-            f"{config.architecture}: rotary positions turn pairs of dimensions"
-        )
     tokenizer = train_tokenizer(texts, config.vocab_size, config.max_positions, encoder_decoder=encoder_decoder)
     special = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -95,9 +86,7 @@ def build_from_scratch(
     }
     if encoder_decoder:
         special["decoder_start_token_id"] = tokenizer.pad_token_id
-    model_config = AutoConfig.for_model(
-        config.architecture, vocab_size=config.vocab_size, **special, **_architecture_fields(config)
-    )
+    model_config = scratch_model_config(config, special)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         factory: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
@@ -108,6 +97,29 @@ def build_from_scratch(
             model.get_input_embeddings().weight.mul_(config.hidden_size**-0.5)
     model.generation_config = GenerationConfig(do_sample=True, **special)
     return model.eval(), tokenizer
+
+
+def check_sizes(config: ScratchConfig) -> None:
+    """Raises `ConfigError` when the sizes do not fit each other."""
+    if config.hidden_size % config.num_heads:
+        raise ConfigError(
+            f"model.scratch.hidden_size ({config.hidden_size}) must be a multiple of model.scratch.num_heads "
+            f"({config.num_heads})"
+        )
+    if config.architecture not in ("gpt2", "t5") and (config.hidden_size // config.num_heads) % 2:
+        raise ConfigError(
+            f"model.scratch.hidden_size / num_heads ({config.hidden_size // config.num_heads}) must be even for "
+            f"{config.architecture}: rotary positions turn pairs of dimensions"
+        )
+
+
+def scratch_model_config(config: ScratchConfig, special: Mapping[str, int] | None = None) -> PreTrainedConfig:
+    """The config of the model that `build_from_scratch` makes; `special` has the ids of the tokenizer's own tokens."""
+    check_sizes(config)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} if special is None else special
+    fields = {**ids, **_architecture_fields(config)}
+    made: PreTrainedConfig = AutoConfig.for_model(config.architecture, vocab_size=config.vocab_size, **fields)
+    return made
 
 
 def _architecture_fields(config: ScratchConfig) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -28,7 +29,8 @@ class LearnedReward:
     """A frozen reward model with its tokenizer.
 
     `same_tokens` tells whether a token id means the same in the policy's tokenizer, so that responses can be scored as
-    they were sampled. Otherwise the text is tokenised again.
+    they were sampled. Otherwise the text is tokenised again. The model is called within `ready`, which makes a sharded
+    one's weights available; on several ranks all of them then score equally often.
     """
 
     model: ScalarModel
@@ -36,6 +38,7 @@ class LearnedReward:
     statistics: ScoreStatistics | None
     device: torch.device
     same_tokens: bool
+    ready: Callable[[], AbstractContextManager[None]] = nullcontext
     may_abstain: ClassVar[bool] = False
 
     @classmethod
@@ -62,7 +65,7 @@ class LearnedReward:
             return self.score_tokens(batch.input_ids, batch.attention_mask, batch.num_prompt)
         return torch.tensor(self.score_texts(batch.prompts, batch.responses, batch_size=len(batch)))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score_tokens(self, input_ids: Tensor, attention_mask: Tensor, num_prompt: int | None = None) -> Tensor:
         """Raw scores (B,) of token sequences (B, T), read at the last real token: the mask decides, not the ids.
 
@@ -71,7 +74,8 @@ class LearnedReward:
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         # What stands in a masked slot is the policy's padding, which need not be an id of this model.
         input_ids = torch.where(attention_mask, input_ids, torch.zeros_like(input_ids))
-        return response_scores(self.model, input_ids, attention_mask, num_prompt)
+        with self.ready():
+            return response_scores(self.model, input_ids, attention_mask, num_prompt)
 
     def score_texts(
         self, prompts: Sequence[PromptContent], responses: Sequence[str], *, batch_size: int

@@ -143,10 +143,11 @@ def sample_batch(
     device: torch.device,
     stop_ids: Sequence[int] | None = None,
     suppressed: Suppressed | None = None,
+    before_token: Callable[[], None] | None = None,
 ) -> SampledBatch:
     """A response to each row. Row i's random numbers are keyed by (seed, purpose, step, prompt, sample_indices[i]).
 
-    `stop_ids=None` are those of `stop_token_ids`.
+    `stop_ids=None` are those of `stop_token_ids`; `before_token`: see `generate`.
     """
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     prompt_ids, prompt_mask = left_pad([prompt.ids for prompt in prompts], pad_id=pad_id)
@@ -164,6 +165,7 @@ def sample_batch(
         stop_ids=stop_token_ids(model, tokenizer) if stop_ids is None else list(stop_ids),
         pad_id=pad_id,
         suppressed=suppressed,
+        before_token=before_token,
     )
     return SampledBatch(
         prompt_ids, prompt_mask, result.response_ids, result.response_mask, result.stopped, result.logprobs

@@ -71,8 +71,8 @@ def run(context: StageContext) -> StageOutput:
     check_positions(model, max((len(ids) + len(response) for ids, response in train + validation), default=0))
     schedule = plan_schedule(section, name="sft", num_examples=len(train), world_size=context.runtime.world_size)
     # 3. Train, from the newest whole checkpoint if there is one.
-    checkpoint, note = find_checkpoint(context)
-    notes = [note, str(splits.bad_rows) if splits.bad_rows else None]
+    checkpoint, notes = find_checkpoint(context)
+    notes += [str(splits.bad_rows)] if splits.bad_rows else []
     with open_tracker(context, schedule, checkpoint, notes) as tracker:
         training = Training(
             "sft",

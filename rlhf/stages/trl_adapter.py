@@ -27,14 +27,15 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf.distributed.runtime import reset_library_state
+from rlhf.distributed.stopping import StopPoll, polled
 from rlhf.distributed.zero import deepspeed_json
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, Stopped
 from rlhf.models.loading import quiet
 from rlhf.models.seq2seq import is_encoder_decoder
 from rlhf.runs.files import disk_errors
 from rlhf.runs.tracking import Tracker
 from rlhf.stages.seq2seq_training import ComparisonTrainer, DemonstrationTrainer
-from rlhf.stages.trl_checkpoints import Checkpoint, complete_checkpoint
+from rlhf.stages.trl_checkpoints import Checkpoint, TrainerCheckpoints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,7 +194,8 @@ def _trainer_class(kind: Kind, section: TrainingConfig, *, encoder_decoder: bool
 
 
 class _TrackingCallback(TrainerCallback):
-    """Sends the trainer's logs to our tracker under our names, and declares its checkpoints whole."""
+    """Sends the trainer's logs to our tracker under our names, and stops the trainer when asked:
+    after an optimiser step, which is never cut short, the same one on all ranks, with a checkpoint of it."""
 
     def __init__(self, context: StageContext, section: TrainingConfig, schedule: Schedule, tracker: Tracker) -> None:
         self.context = context
@@ -201,17 +203,29 @@ class _TrackingCallback(TrainerCallback):
         self.schedule = schedule
         self.tracker = tracker
         self.timing: dict[str, float] = {}
+        self.stop = StopPoll()
+        self.stopped_by: int | None = None
+        self.checkpoints: TrainerCheckpoints | None = None
         self._clock = 0.0
         self._step = 0
         self._num_tokens = 0.0
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._clock, self._step = time.monotonic(), state.global_step
+        if self.checkpoints is not None:
+            self.checkpoints.restore_averages()
+        # Preparing the model may have taken long; nothing is trained yet that a checkpoint could keep.
+        number = self.stop.agreed()
+        if number is not None:
+            raise Stopped(number, state.global_step)
 
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        # What is averaged between two logs is in no checkpoint. Logging before each save leaves nothing to lose.
-        if control.should_save or state.global_step >= self.schedule.num_steps:
+        if state.global_step >= self.schedule.num_steps:
             control.should_log = True
+        self.stopped_by = self.stop.agreed()
+        if self.stopped_by is not None:
+            control.should_save = True
+            control.should_training_stop = True
         if not control.should_log:
             self.tracker.progress(state.global_step)
         return control
@@ -240,7 +254,6 @@ class _TrackingCallback(TrainerCallback):
             self.tracker.log(step, {**metrics, **self.timing})
 
     def on_save(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        complete_checkpoint(self.context, state.global_step, self.section.keep_checkpoints)
         # A checkpoint takes time that belongs to no step.
         self._clock = time.monotonic()
 
@@ -303,6 +316,8 @@ class Training:
                 callbacks=[self._callback],
             )
         self.trainer.remove_callback(PrinterCallback)
+        self._checkpoints = TrainerCheckpoints(context, self.trainer, section.keep_checkpoints)
+        self._callback.checkpoints = self._checkpoints
         ranks = self.trainer.accelerator.num_processes
         if ranks != context.runtime.world_size:
             raise RuntimeError(f"the trainer sees {ranks} processes, the launcher started {context.runtime.world_size}")
@@ -311,9 +326,21 @@ class Training:
             self.trainer.model_accepts_loss_kwargs = True
 
     def run(self, checkpoint: Checkpoint | None) -> None:
-        """Trains to the last step, from `checkpoint` where there is one. Raises `DiskFullError`."""
-        with _silence(), disk_errors(self.context.stage.checkpoints):
-            self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+        """Trains to the last step, from `checkpoint` where there is one. Raises `DiskFullError`.
+
+        Told to stop by a signal, raises `Stopped` after a step of which there is a checkpoint.
+        """
+        runtime, place = self.context.runtime, self.context.stage.checkpoints
+        with (
+            _silence(),
+            disk_errors(place),
+            self._checkpoints.resuming(checkpoint) as start,
+            polled(runtime) as self._callback.stop,
+        ):
+            self.trainer.train(resume_from_checkpoint=start)
+            if self._callback.stopped_by is not None:
+                runtime.barrier()  # one that left now would look like a failure, and rank 0 may still be writing
+                raise Stopped(self._callback.stopped_by, self.trainer.state.global_step)
         self.trainer.model.config.use_cache = self._use_cache
         self._last = next(entry for entry in reversed(self.trainer.state.log_history) if "loss" in entry)
 
@@ -350,9 +377,9 @@ class Training:
 
 
 def open_tracker(
-    context: StageContext, schedule: Schedule, checkpoint: Checkpoint | None, notes: Sequence[str | None]
+    context: StageContext, schedule: Schedule, checkpoint: Checkpoint | None, notes: Sequence[str]
 ) -> Tracker:
-    """The stage's tracker, its files taken back to `checkpoint`; prints those of `notes` that are there."""
+    """The stage's tracker, its files taken back to `checkpoint`; prints `notes`."""
     # The very last step's line is always written anew, since what it says is measured after the last checkpoint.
     resume_step = 0 if checkpoint is None else min(checkpoint.step, schedule.num_steps - 1)
     tracker = Tracker.open(
@@ -365,6 +392,5 @@ def open_tracker(
         context.runtime.is_main,
     )
     for note in notes:
-        if note:
-            tracker.message(note)
+        tracker.message(note)
     return tracker

@@ -6,7 +6,8 @@ is -beta times the KL estimate to the frozen reference, plus, on the last token,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.batches import PPOBatch, ScoredRollout, make_ppo_batch
 from rlhf.config.ppo import PPOConfig
-from rlhf.distributed.checkpoints import checkpoint_folder, latest_checkpoint, prune_checkpoints
+from rlhf.distributed.checkpoints import checkpoint_folder, prune_checkpoints
 from rlhf.distributed.engine import TrainingEngine
+from rlhf.distributed.stopping import StopPoll, polled
+from rlhf.errors import Stopped
 from rlhf.ops.adam import TensorFlowAdam
+from rlhf.runs.files import disk_errors
 from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, StageOutput
 from rlhf.stages.ppo.job import PPOJob, TrainingView
@@ -52,21 +56,25 @@ def run(context: StageContext) -> StageOutput:
 
 
 def train(job: PPOJob) -> Trained:
-    """PPO. All ranks call it together."""
+    """PPO. All ranks call it together.
+
+    Told to stop by a signal, raises `Stopped` with a checkpoint on disk: of the updates before, when responses are
+    being sampled or scored, which is given up; else of the update at hand, which cannot be cut short and is finished.
+    """
     section, models, runtime = job.section, job.models, job.runtime
     # 1. Policy and critic to train; reference and rewards frozen.
     engine = make_engine(job)
     demonstrations = job.demonstrations if section.ptx_coefficient else ()
     updater = Updater(engine, section, runtime, job.seed, models.scoring, demonstrations, models.pad_id)
     # 2. Where an interrupted attempt stopped.
-    state = _start_or_resume(job, engine)
-    view, metrics = TrainingView(engine, models, runtime), {}
-    with job.open_tracker(state.update) as tracker:
-        _begin(job, view, state, tracker)
+    state, notes = _start_or_resume(job, engine)
+    view = TrainingView(engine, models, runtime)
+    with job.open_tracker(state.update) as tracker, _checkpoint_on_stop(job, engine, state) as stop:
+        _begin(job, view, state, tracker, notes)
         for update in range(state.update, section.num_updates):
             clock = Clock()
             # 3. Sample responses to the prompts of the batch, and score them.
-            experience = gather_experience(engine, models, job.prompts, section, runtime, job.seed, update)
+            experience = gather_experience(engine, models, job.prompts, section, runtime, job.seed, update, stop)
             clock.rollout_ends()
             # 4. Token rewards with the KL penalty, advantages, returns: over the global batch.
             coefficient = state.kl_coefficient
@@ -77,7 +85,7 @@ def train(job: PPOJob) -> Trained:
             clock.training_begins()
             statistics = updater.optimise(batch, update, coefficient)
             clock.training_ends()
-            metrics = {
+            metrics: dict[str, float] = {
                 **batch_metrics(batch, experience, models.rewards.weights, coefficient),
                 **statistics.means(runtime, section, coefficient),
                 "ppo/learning_rate": section.learning_rate * learning_rate_factor(section, update),
@@ -88,19 +96,41 @@ def train(job: PPOJob) -> Trained:
             # 7. Write down what happened; keep what is needed to go on.
             for callback in job.callbacks:
                 metrics |= callback.on_update(view, state.update, metrics) or {}
+            state.metrics = metrics
             speeds = clock.metrics(batch, section, runtime, len(statistics.grad_norms))
             tracker.log(state.update, {**metrics, **speeds})
             if update % section.samples_every == 0 or state.update == section.num_updates:
                 tracker.log_samples(state.update, sample_rows(experience, models, section.num_samples_shown))
             for warning in state.guards.check(state.update, metrics):
                 tracker.message(warning)
+            stop.stop_if_agreed()
             if _someone_stops(job, view):
                 break
             if state.update % section.save_every == 0 and state.update < section.num_updates:
                 _save(job, engine, state)
+                state.saved_update = state.update
         for callback in job.callbacks:
             callback.on_end(view, state.update)
-    return Trained(engine, state, metrics)
+    return Trained(engine, state, state.metrics)
+
+
+@contextmanager
+def _checkpoint_on_stop(job: PPOJob, engine: TrainingEngine, state: TrainingState) -> Iterator[StopPoll]:
+    """What the loop asks whether it is to stop; when it is, a checkpoint is written unless the newest is as new.
+
+    A training without checkpoints has nothing to gain from going on: there a signal ends it at once.
+    """
+    if job.checkpoints is None:
+        yield StopPoll()
+        return
+    with polled(job.runtime) as stop:
+        try:
+            yield stop
+            stop.stop_if_agreed()
+        except Stopped as stopped:
+            if state.update > state.saved_update:
+                _save(job, engine, state)
+            raise Stopped(stopped.number, state.update) from None
 
 
 def _someone_stops(job: PPOJob, view: TrainingView) -> bool:
@@ -111,9 +141,9 @@ def _someone_stops(job: PPOJob, view: TrainingView) -> bool:
     return float(job.runtime.sum_over_ranks(wanted)) > 0
 
 
-def _begin(job: PPOJob, view: TrainingView, state: TrainingState, tracker: Tracker) -> None:
+def _begin(job: PPOJob, view: TrainingView, state: TrainingState, tracker: Tracker, notes: Sequence[str]) -> None:
     """What is done once, before the first update of this process."""
-    for note in job.notes:
+    for note in (*notes, *job.notes):
         tracker.message(note)
     if state.update == 0:
         state.average_policy(view.engine)
@@ -189,25 +219,29 @@ def make_engine(job: PPOJob) -> TrainingEngine:
     )
 
 
-def _start_or_resume(job: PPOJob, engine: TrainingEngine) -> TrainingState:
-    """The state of the newest checkpoint, whose weights the engine then has, or that before the first update."""
+def _start_or_resume(job: PPOJob, engine: TrainingEngine) -> tuple[TrainingState, list[str]]:
+    """The state of the newest checkpoint, whose weights the engine then has, or that before the first update.
+
+    With it come notes for the user on a checkpoint that is damaged, or of another number of ranks or ZeRO stage.
+    """
     state = TrainingState.start(job.section)
     if job.checkpoints is None:
-        return state
-    newest = latest_checkpoint(job.checkpoints) if job.runtime.is_main else None
-    checkpoint = job.runtime.broadcast_object(newest)
+        return state, []
+    checkpoint, notes = engine.find_checkpoint(job.checkpoints)
     if checkpoint is not None:
         state.from_checkpoint(engine.load_checkpoint(checkpoint), job.models, is_main=job.runtime.is_main)
-    return state
+    return state, notes
 
 
 def _save(job: PPOJob, engine: TrainingEngine, state: TrainingState) -> None:
     if job.checkpoints is None:
         return
     shared = state.to_checkpoint(job.models)
-    engine.save_checkpoint(checkpoint_folder(job.checkpoints, state.update), shared=shared)
-    if job.runtime.is_main:
-        prune_checkpoints(job.checkpoints, job.section.keep_checkpoints)
+    folder = checkpoint_folder(job.checkpoints, state.update)
+    with disk_errors(folder):
+        engine.save_checkpoint(folder, shared=shared)
+        if job.runtime.is_main:
+            prune_checkpoints(job.checkpoints, job.section.keep_checkpoints)
 
 
 def _self_test(job: PPOJob, engine: TrainingEngine, batch: PPOBatch, experience: Experience) -> None:

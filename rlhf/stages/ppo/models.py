@@ -25,6 +25,7 @@ from rlhf.models.scoring import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlhf.distributed.frozen import FrozenShards
     from rlhf.models.shared_base import SharedBase
     from rlhf.rewards.composition import RewardSet
     from rlhf.stages.ppo.self_test import Facts
@@ -292,6 +293,30 @@ class FrozenModel:
         self.model.load_state_dict(state)
 
 
+class ShardedModel:
+    """A reference with weights of its own that no rank holds whole. All ranks call every method together."""
+
+    def __init__(self, model: PreTrainedModel, shards: FrozenShards) -> None:
+        self.model = model
+        self._shards = shards
+
+    @contextmanager
+    def role(self) -> Iterator[PreTrainedModel]:
+        with self._shards.ready():
+            yield self.model
+
+    def become(self, actor_critic: ActorCritic) -> None:
+        with actor_critic.policy_role() as policy:
+            self._shards.load_state_dict(policy.state_dict())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """On rank 0; on the others nothing."""
+        return self._shards.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._shards.load_state_dict(state)
+
+
 class ReferenceRole:
     """A reference on the shared base: the adapter switched off, or a frozen adapter. The engine's checkpoint has it."""
 
@@ -315,7 +340,10 @@ class ReferenceRole:
 
 @dataclass(frozen=True)
 class PPOModels:
-    """Everything PPO holds in memory. `critic_tokenizer` is None where the critic is not published by itself."""
+    """Everything PPO holds in memory. `critic_tokenizer` is None where the critic is not published by itself.
+
+    `ranks_score_together`: a frozen model is sharded, so that no rank can score, or leave off, without the others.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     actor_critic: ActorCritic
@@ -325,6 +353,7 @@ class PPOModels:
     facts: Facts
     stop_ids: tuple[int, ...]
     scoring: Scoring
+    ranks_score_together: bool = False
 
     @property
     def policy(self) -> PreTrainedModel:

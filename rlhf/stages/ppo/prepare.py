@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,15 +34,17 @@ from rlhf.stages.ppo.models import (
     ReferenceRole,
     Scoring,
     SeparateActorCritic,
+    ShardedModel,
     SharedTrunkActorCritic,
 )
-from rlhf.stages.ppo.rewards import make_rewards
+from rlhf.stages.ppo.rewards import make_rewards, shard_rewards
 from rlhf.stages.ppo.self_test import Facts, active_dropout, sampling_transforms
 from rlhf.stages.sampling import EncodedPrompt, load_encoded_prompts, require_prompts, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf.config.zero import ZeroConfig
     from rlhf.distributed.runtime import Runtime
     from rlhf.rewards.composition import RewardSet
     from rlhf.stages.context import StageContext
@@ -123,7 +126,7 @@ def load_models(context: StageContext) -> PPOModels:
             critic, critic_tokenizer = _load_critic(context, tokenizer)
             actor_critic = SeparateActorCritic(policy, critic)
     rewards = make_rewards(context, tokenizer, base)
-    return assemble(
+    models = assemble(
         section,
         runtime,
         tokenizer,
@@ -134,6 +137,25 @@ def load_models(context: StageContext) -> PPOModels:
         same_artifact=_expect_same_start(inputs["policy"], inputs["reference"]),
         policy_has_adapter=is_adapter(inputs["policy"]),
     )
+    return shard_frozen(models, runtime, config.zero) if config.zero.shard_frozen else models
+
+
+def shard_frozen(models: PPOModels, runtime: Runtime, zero: ZeroConfig) -> PPOModels:
+    """The models with the frozen ones sharded, those on the policy's base excepted: they are sharded with that.
+
+    Scoring must then call every frozen model equally often on all ranks. It does: ranks have equally many rows, in
+    equally many batches (`RLHFConfig` sees to that), and `exact_kl` fills up what is uneven.
+    """
+    from rlhf.distributed.frozen import FrozenShards
+
+    def shard(model: torch.nn.Module) -> FrozenShards:
+        return FrozenShards(model, runtime, zero)
+
+    reference = models.reference
+    if isinstance(reference, FrozenModel):
+        reference = ShardedModel(reference.model, shard(reference.model))
+    rewards = shard_rewards(models.rewards, shard)
+    return replace(models, reference=reference, rewards=rewards, ranks_score_together=True)
 
 
 def _expect_same_start(policy: str, reference: str) -> bool:

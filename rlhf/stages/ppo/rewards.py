@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 from rlhf.models.shared_base import SharedBase
 from rlhf.rewards.build import LoadedModel, build_rewards, folder_loader
 from rlhf.rewards.composition import RewardSet, ScoreStatistics
+from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import RewardBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf.distributed.frozen import FrozenShards
     from rlhf.stages.context import StageContext
 
 
@@ -50,3 +53,17 @@ def make_rewards(context: StageContext, tokenizer: PreTrainedTokenizerBase, base
         load_model=load,
         use_statistics=config.ppo.score_normalization == "reward_model",
     )
+
+
+def shard_rewards(rewards: RewardSet, shard: Callable[[torch.nn.Module], FrozenShards]) -> RewardSet:
+    """The same rewards with the reward models sharded, each once. `RewardRole` stays: the trained module has it."""
+    sharded: dict[int, LearnedReward] = {}
+    entries = []
+    for entry in rewards.rewards:
+        reward = entry.reward
+        if isinstance(reward, LearnedReward):
+            if id(reward) not in sharded:
+                sharded[id(reward)] = replace(reward, ready=shard(reward.model).ready)
+            entry = replace(entry, reward=sharded[id(reward)])
+        entries.append(entry)
+    return RewardSet(tuple(entries))

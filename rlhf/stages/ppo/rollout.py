@@ -12,6 +12,9 @@ from torch import Tensor
 
 from rlhf.batches import PromptBatch, Rollout, ScoredRollout
 from rlhf.config.ppo import PPOConfig
+from rlhf.distributed.stopping import StopPoll, WorkGivenUp
+from rlhf.distributed.training_checkpoints import generator_states, set_generator_states
+from rlhf.errors import Stopped
 from rlhf.ops.kl import full_kl
 from rlhf.ops.masked import masked_sum
 from rlhf.ops.moments import RunningMoments
@@ -87,28 +90,26 @@ def gather_experience(
     runtime: Runtime,
     seed: int,
     update: int,
+    stop: StopPoll | None = None,
 ) -> Experience:
     """Each rank samples and scores its share; all get the whole batch, in the same order for any number of ranks.
 
-    The scores are the raw ones: `transform_scores` needs the statistics of the whole batch.
+    The scores are the raw ones: `transform_scores` needs the statistics of the whole batch. Where `stop` says so, the
+    rollout is given up and `Stopped` raised on all ranks; the training is then as it was before the call.
     """
+    stop = stop or StopPoll()
     rows = choose_prompts(prompts, update, section.batch_size, seed, section.responses_per_prompt)
-    numbers = range(len(rows))[runtime.rank :: runtime.world_size]
-    parts: list[ScoredRollout] = []
-    others: list[dict[str, Tensor]] = []
-    # Under ZeRO-3 the weights are gathered once for sampling and scoring together, then released.
-    with engine.gathered():
-        for piece in in_batches(numbers, section.rollout_batch_size):
-            mine = [rows[number] for number in piece]
-            rollout = sample_rollout(models, mine, section, runtime, seed, update)
-            num_exact = sum(number < section.exact_kl_rows for number in piece)
-            scored, other = score_rollout(models, rollout, mine, num_exact)
-            parts.append(scored.to("cpu"))
-            others.append({name: tensor.cpu() for name, tensor in other.items()})
-    own = (
-        ScoredRollout.concatenate(parts).to_tensors(),
-        {name: torch.cat([other[name] for other in others]) for name in others[0]},
-    )
+    generators = generator_states(runtime.device)
+    try:
+        # Under ZeRO-3 the weights are gathered once for sampling and scoring together, then released.
+        with engine.gathered():
+            own = _own_share(models, rows, section, runtime, seed, update, stop)
+        # A rank that gave up its share waits here for the others, which may not have been told to stop.
+        stop.stop_if_agreed()
+    except Stopped:
+        # A reward of the user's may have drawn from them.
+        set_generator_states(generators, runtime.device)
+        raise
     gathered = runtime.gather_objects(own)
     # Rank r holds rows r, r + world_size, ...: undo the interleaving.
     order = torch.cat([torch.arange(rank, len(rows), runtime.world_size) for rank in range(runtime.world_size)])
@@ -119,15 +120,57 @@ def gather_experience(
     return Experience(rows, scored, scored.scores, _named(joined), joined["exact_kl"])
 
 
+def _own_share(
+    models: PPOModels,
+    rows: Sequence[Row],
+    section: PPOConfig,
+    runtime: Runtime,
+    seed: int,
+    update: int,
+    stop: StopPoll,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What this rank samples and scores, and what comes with the scores; nothing when a stop cut it short."""
+    numbers = range(len(rows))[runtime.rank :: runtime.world_size]
+    parts: list[ScoredRollout] = []
+    others: list[dict[str, Tensor]] = []
+    for piece in in_batches(numbers, section.rollout_batch_size):
+        mine = [rows[number] for number in piece]
+        try:
+            rollout = sample_rollout(models, mine, section, runtime, seed, update, stop)
+            stop.give_up_if_asked()
+        except WorkGivenUp:
+            if models.ranks_score_together:
+                stop.stop_if_agreed()  # the others ask before they score
+            return {}, {}
+        if models.ranks_score_together:
+            stop.stop_if_agreed()
+        num_exact = sum(number < section.exact_kl_rows for number in piece)
+        # What rank 0 has in this place: no rank has more, and a sharded reference is called equally often by all.
+        num_passes = sum(number - runtime.rank < section.exact_kl_rows for number in piece)
+        scored, other = score_rollout(models, rollout, mine, num_exact, num_passes)
+        parts.append(scored.to("cpu"))
+        others.append({name: tensor.cpu() for name, tensor in other.items()})
+    return (
+        ScoredRollout.concatenate(parts).to_tensors(),
+        {name: torch.cat([other[name] for other in others]) for name in others[0]},
+    )
+
+
 def _named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The single rewards among the tensors that were gathered."""
     return {name.removeprefix("reward/"): tensor for name, tensor in tensors.items() if name.startswith("reward/")}
 
 
 def sample_rollout(
-    models: PPOModels, rows: Sequence[Row], section: PPOConfig, runtime: Runtime, seed: int, update: int
+    models: PPOModels,
+    rows: Sequence[Row],
+    section: PPOConfig,
+    runtime: Runtime,
+    seed: int,
+    update: int,
+    stop: StopPoll | None = None,
 ) -> Rollout:
-    """One response to each row."""
+    """One response to each row. Raises `WorkGivenUp` as soon as this rank is asked to stop."""
     with models.actor_critic.policy_role() as policy:
         sampled = sample_batch(
             policy,
@@ -142,6 +185,7 @@ def sample_rollout(
             device=runtime.device,
             stop_ids=models.stop_ids,
             suppressed=models.scoring.suppressed,
+            before_token=None if stop is None else stop.give_up_if_asked,
         )
     prompts = PromptBatch(
         prompt_ids=sampled.prompt_ids,
@@ -181,12 +225,12 @@ def token_batch(rollout: Rollout) -> TokenBatch:
 
 @torch.no_grad()
 def score_rollout(
-    models: PPOModels, rollout: Rollout, rows: Sequence[Row], num_exact: int
+    models: PPOModels, rollout: Rollout, rows: Sequence[Row], num_exact: int, num_passes: int | None = None
 ) -> tuple[ScoredRollout, dict[str, Tensor]]:
     """Raw scores, old log-probs and values of the models in training, the reference's log-probs, equally computed.
 
     Also returns tensors (B,) by name: `reward/<name>` of every single reward, and `exact_kl`, which is computed for the
-    first `num_exact` rows and NaN in the others.
+    first `num_exact` rows and NaN in the others. The reference is called `num_passes` times for it (None: `num_exact`).
     """
     batch, scoring = token_batch(rollout), models.scoring
     old_logprobs, _, old_values = models.actor_critic.evaluate(batch, scoring)
@@ -214,20 +258,25 @@ def score_rollout(
         old_values=old_values,
     )
     exact = torch.full((len(rows),), torch.nan)
-    exact[:num_exact] = exact_kl(models, rollout, num_exact).cpu()
+    exact[:num_exact] = exact_kl(models, rollout, num_exact, num_passes).cpu()
     return scored, {"exact_kl": exact, **{f"reward/{name}": part for name, part in scores.parts.items()}}
 
 
-def exact_kl(models: PPOModels, rollout: Rollout, num_rows: int) -> Tensor:
+def exact_kl(models: PPOModels, rollout: Rollout, num_rows: int, num_passes: int | None = None) -> Tensor:
     """KL(policy || reference) over the whole vocabulary, summed along each of the first responses: (num_rows,) nats.
 
-    Its expectation is that of the sampled log-ratio, with far less variance.
+    Its expectation is that of the sampled log-ratio, with far less variance. The reference is called `num_passes` times
+    (None: as often as there are rows), idly where rows have run out.
     """
     sums = []
     # Row by row: the logits of two models are in memory at once.
-    for row in range(num_rows):
-        part = rollout.select(torch.tensor([row], device=rollout.response_ids.device))
+    for row in range(max(num_rows, num_passes or 0)):
+        part = rollout.select(torch.tensor([min(row, len(rollout) - 1)], device=rollout.response_ids.device))
         batch = token_batch(part)
+        if row >= num_rows:
+            with models.reference.role() as reference:
+                batch.logits(reference, models.scoring)
+            continue
         with models.actor_critic.policy_role() as policy:
             logits = batch.logits(policy, models.scoring)
         with models.reference.role() as reference:

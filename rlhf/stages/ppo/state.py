@@ -42,7 +42,10 @@ class MovingAverage:
 
 @dataclass
 class TrainingState:
-    """Controllers and statistics. The same on every rank, but for the average, which rank 0 has."""
+    """Controllers and statistics. The same on every rank, but for the average, which rank 0 has.
+
+    `metrics` are those of the last update; `saved_update` is the update of the newest checkpoint, 0 when there is none.
+    """
 
     update: int
     guards: Guards
@@ -50,6 +53,8 @@ class TrainingState:
     score_moments: RunningMoments | None = None
     average: MovingAverage | None = None
     reference_changed: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    saved_update: int = 0
     _fixed_coefficient: float = field(default=0.0)
 
     @classmethod
@@ -104,6 +109,7 @@ class TrainingState:
         """Tensors and plain values, to be written once for all ranks."""
         return {
             "update": self.update,
+            "metrics": {name: float(value) for name, value in self.metrics.items()},
             "guards": self.guards.state_dict(),
             "adaptive_kl": None if self.adaptive_kl is None else self.adaptive_kl.state_dict(),
             "score_moments": None if self.score_moments is None else self.score_moments.state_dict(),
@@ -113,7 +119,8 @@ class TrainingState:
 
     def from_checkpoint(self, saved: Mapping[str, Any], models: PPOModels, *, is_main: bool) -> None:
         """Takes back what `to_checkpoint` gave; the average belongs to the main rank alone."""
-        self.update = int(saved["update"])
+        self.update = self.saved_update = int(saved["update"])
+        self.metrics = dict(saved["metrics"])
         self.guards.load_state_dict(saved["guards"])
         if self.adaptive_kl is not None:
             self.adaptive_kl.load_state_dict(saved["adaptive_kl"])

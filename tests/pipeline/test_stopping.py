@@ -1,0 +1,254 @@
+"""Real runs that are told to end, or lose a rank: what they say, what is left of them, and that nothing is lost."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command import SMOKE, environment, rlhf_command
+from tests.run_example import Run
+from tests.stage_example import metrics_of, weight_bytes
+
+# Long enough to be met in the middle, checkpoints only at the end, and logs over several steps.
+LONG = (
+    "stages=[sft,collect,reward_model,ppo]",
+    *("sft.max_steps=40", "sft.log_every=7", "sft.save_every=1000"),
+    *("reward_model.max_steps=40", "reward_model.log_every=7", "reward_model.save_every=1000"),
+    *("ppo.num_updates=12", "ppo.save_every=1000", "ppo.score_normalization=running", "ppo.ema_decay=0.9"),
+)
+# What the config gives a stop.
+STOP_SECONDS = 25
+
+
+def _stages_manifest(run: Path) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads((run / "manifest.json").read_text())
+    return body
+
+
+def _checkpoints(run: Path, stage: str) -> list[int]:
+    folders = (run / "stages" / stage / "checkpoints").glob("checkpoint-*")
+    return sorted(int(folder.name.rpartition("-")[2]) for folder in folders)
+
+
+def _check_stop(run: Run, stage: str, number: signal.Signals) -> int:
+    """Stops the run in a stage's training and checks how it ended; the step it stopped at."""
+    code, said, seconds = run.stop(number)
+    assert code == 128 + number, said
+    assert seconds < STOP_SECONDS
+    assert "Traceback" not in said
+    manifest = _stages_manifest(run.path)
+    assert (manifest["status"], manifest["exit_status"]) == ("interrupted", code)
+    entry = manifest["stages"][stage]
+    assert entry["status"] == "interrupted"
+    step: int = entry["stopped"]["step"]
+    assert f"stage {stage}: stopped by {number.name} at step {step}; a checkpoint was written" in said
+    assert step in _checkpoints(run.path, stage)
+    return step
+
+
+def _check_equal(run: Path, undisturbed: Path, stages: tuple[str, ...]) -> None:
+    for stage in stages:
+        assert weight_bytes(run, stage) == weight_bytes(undisturbed, stage), stage
+        assert metrics_of(run, stage) == metrics_of(undisturbed, stage), stage
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = rlhf_command("run", *SMOKE, "run.dir=run", *LONG, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def test_a_run_stopped_in_every_stage_ends_as_if_nothing_had_happened(undisturbed: Path, tmp_path: Path) -> None:
+    stopped_at = []
+    # Logs of sft and reward_model come at 7, 14, ...: the next step is in the middle of the next average.
+    for stage, step, number in (
+        ("sft", 7, signal.SIGTERM),
+        ("reward_model", 7, signal.SIGINT),
+        ("ppo", 3, signal.SIGTERM),
+    ):
+        run = Run(tmp_path, *LONG)
+        run.wait_for_step(stage, step)
+        stopped_at.append(_check_stop(run, stage, number))
+    assert 7 <= stopped_at[0] < 40
+    assert 7 <= stopped_at[1] < 40
+    assert 3 <= stopped_at[2] < 12
+    result = rlhf_command("run", *SMOKE, "run.dir=run", *LONG, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    _check_equal(tmp_path / "run", undisturbed, ("sft", "reward_model", "ppo"))
+    assert metrics_of(tmp_path / "run", "collect") == metrics_of(undisturbed, "collect")
+    manifest = _stages_manifest(tmp_path / "run")
+    assert [attempt["outcome"] for attempt in manifest["attempts"]] == [*["interrupted"] * 3, "finished"]
+    assert manifest["stages"]["ppo"]["stopped"] is None
+
+
+TWO_RANKS = (*LONG, "distributed.num_processes=2", "zero=stage2", "stages=[sft,ppo]")
+
+
+@pytest.mark.distributed
+def test_two_ranks_under_zero_stop_at_the_same_step(undisturbed: Path, tmp_path: Path) -> None:
+    models = undisturbed / "stages"
+    arguments = (*TWO_RANKS, f"ppo.reward_model={models}/reward_model/model")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    whole = rlhf_command("run", *SMOKE, "run.dir=run", *arguments, cwd=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for stage, step in (("sft", 7), ("ppo", 3)):
+        run = Run(tmp_path / "stopped", *arguments)
+        run.wait_for_step(stage, step)
+        assert step <= _check_stop(run, stage, signal.SIGTERM) < (40 if stage == "sft" else 12)
+    again = rlhf_command("run", *SMOKE, "run.dir=run", *arguments, cwd=tmp_path / "stopped")
+    assert again.returncode == 0, again.stderr
+    _check_equal(tmp_path / "stopped/run", tmp_path / "whole/run", ("sft", "ppo"))
+
+
+def _ppo_alone(undisturbed: Path) -> tuple[str, ...]:
+    models = undisturbed / "stages"
+    return (
+        *("stages=[ppo]", f"ppo.policy={models}/sft/model", f"ppo.reward_model={models}/reward_model/model"),
+        "ppo.num_updates=2",
+    )
+
+
+def _wait_for_a_long_update(run: Run) -> None:
+    """Returns when the first update has surely begun: what comes before it takes no second of the processor's time."""
+    run.wait_until(lambda: (run.path / "samples.jsonl").exists(), "tracker")
+    (rank,) = run.ranks()
+    before = rank.cpu_times().user
+    run.wait_until(lambda: rank.cpu_times().user > before + 3, "update")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_update(undisturbed: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, *_ppo_alone(undisturbed), "ppo.num_epochs=20000")
+    _wait_for_a_long_update(run)
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert run.process.poll() is None, "the first Ctrl-C waits for the update"
+    code, said, seconds = run.stop(signal.SIGINT)
+    assert code == 130
+    assert seconds < 2
+    assert "without time for a checkpoint" in said
+    assert _stages_manifest(run.path)["status"] == "interrupted"
+
+
+def test_what_does_not_end_in_time_is_killed(undisturbed: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, *_ppo_alone(undisturbed), "ppo.num_epochs=20000", "distributed.stop_seconds=1")
+    _wait_for_a_long_update(run)
+    code, said, seconds = run.stop(signal.SIGTERM)
+    assert code == 143
+    assert 0.9 < seconds < 5
+    assert "without time for a checkpoint" in said
+
+
+def test_a_stage_without_training_ends_at_once(tmp_path: Path) -> None:
+    # While models and libraries are being loaded there is nothing to save.
+    run = Run(tmp_path, "stages=[sft]")
+    run.wait_until(lambda: bool(run.ranks()), "rank")
+    time.sleep(1)
+    code, said, seconds = run.stop(signal.SIGTERM)
+    assert code == 143
+    assert seconds < 10
+    assert "Traceback" not in said
+    assert "stage sft: stopped by SIGTERM" in said
+    assert _checkpoints(run.path, "sft") == []
+
+
+def test_a_rank_of_another_launcher_stops_as_well(tmp_path: Path) -> None:
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    run = Run(tmp_path, *LONG, "sft.max_steps=100000", extra=ranks)
+    run.wait_for_step("sft", 7)
+    code, said, _ = run.stop(signal.SIGTERM)
+    step = _stages_manifest(run.path)["stages"]["sft"]["stopped"]["step"]
+    assert code == 143
+    assert said.startswith(f"rlhf: stopped by SIGTERM at step {step}; a checkpoint was written")
+    assert said.count("\n") == 1
+    assert _checkpoints(run.path, "sft") == [step]
+    assert _stages_manifest(run.path)["status"] == "interrupted"
+
+
+@pytest.mark.distributed
+def test_one_killed_rank_ends_the_others(tmp_path: Path) -> None:
+    run = Run(tmp_path, "stages=[sft]", "distributed.num_processes=2", "sft.max_steps=100000")
+    run.wait_for_step("sft", 3)
+    _, second = run.ranks()
+    began = time.monotonic()
+    second.send_signal(signal.SIGKILL)
+    _, said = run.process.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert run.process.returncode == 137
+    assert "rank 1 was ended by signal 9 (SIGKILL)" in said
+    run.check_nothing_left()
+    assert _stages_manifest(run.path)["status"] == "failed"
+
+
+@pytest.mark.distributed
+def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:
+    def finish(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        run = Run(tmp_path / name, "stages=[sft]", "distributed.num_processes=2")
+        _, said = run.process.communicate(timeout=200)
+        assert run.process.returncode == 0, said
+        run.check_nothing_left()
+        return run.path
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(finish, ("first", "second"))
+    assert weight_bytes(first, "sft") == weight_bytes(second, "sft")
+
+
+# A command whose supervisor sleeps where it would look at the data, between preflight and the first stage.
+SLOW_DATA = """
+import sys, time
+from pathlib import Path
+from rlhf import cli, data
+def data_hash(config):
+    Path("hashing").touch()
+    time.sleep(60)
+data.data_hash = data_hash
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def slow_start(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_DATA, "run", *SMOKE, "run.dir=run"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "hashing").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+def test_a_stop_between_stages_releases_the_folder(
+    slow_start: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    slow_start.send_signal(number)
+    _, said = slow_start.communicate(timeout=5)
+    assert slow_start.returncode == 128 + number
+    assert said == f"rlhf: stopped by {number.name}; the same command goes on where it stopped\n"
+    assert _stages_manifest(tmp_path / "run")["status"] == "interrupted"
+    with (tmp_path / "run/.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
