@@ -13,6 +13,7 @@ from typing import Any
 from rlhf.config.data import HubData
 from rlhf.data.assemble import RowsBySplit, assemble
 from rlhf.data.folders import split_of_name
+from rlhf.data.hub_access import use_cache_if_hub_is_silent
 from rlhf.data.readers import Row, arrow_rows
 from rlhf.data.splits import SPLITS, BadRow, SplitName, Splits
 from rlhf.errors import ConfigError, DataError
@@ -122,6 +123,7 @@ def _load_from_hub(config: HubData) -> Any:
     from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
     wanted = f"data.path={config.path}" + (f", data.revision={config.revision}" if config.revision else "")
+    silent = use_cache_if_hub_is_silent()
     try:
         return datasets.load_dataset(config.path, config.name, revision=config.revision)
     except (DatasetNotFoundError, RevisionNotFoundError) as error:
@@ -131,7 +133,8 @@ def _load_from_hub(config: HubData) -> Any:
         ) from error
     except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
         raise DataError(
-            f"{wanted}: the hub cannot be reached ({_first_line(error)}). Check the network and HF_HUB_OFFLINE, or "
+            f"{wanted}: the hub cannot be reached ({silent or _first_line(error)}), and the data set is not in the "
+            "cache. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or "
             "save the data set where there is a network with datasets' save_to_disk and give that folder"
         ) from error
     except ValueError as error:

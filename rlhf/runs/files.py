@@ -6,7 +6,8 @@ What `kill -9` or a power cut can leave behind, and what `clean_partial` makes o
 * `.<name>.ready`: a finished, synced folder that was about to become `<name>`. The move is completed.
 * `.<name>.old`: what `<name>` was before. Removed when `<name>` is there, else moved back.
 
-A full disk (ENOSPC, or a quota) is a `DiskFullError` wherever this module or `disk_errors` is in charge.
+A full disk (ENOSPC, or a quota) is a `DiskFullError` and a folder that may not be written a `ReadOnlyError` wherever
+this module or `disk_errors` is in charge.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rlhf.errors import DiskFullError
+from rlhf.errors import DiskFullError, ReadOnlyError, StorageError
 from rlhf.runs.jsonable import dump_json
 
 PARTIAL = ".partial"
@@ -33,12 +34,17 @@ _FULL_TEXTS = ("no space left on device", "os error 28", "disk quota exceeded", 
 # What torch's zip writer says when the disk fills up under it; it hides the errno.
 _WRITER_TEXTS = ("pytorchstreamwriter failed", "unexpected pos", "iostream error")
 _ALMOST_NOTHING = 1 << 20
+_READ_ONLY_TEXTS = ("read-only file system", "os error 30")
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
+# safetensors' and torch's words, which hide the errno and the file: the folder itself must be asked.
+_FORBIDDEN_TEXTS = ("permission denied", "os error 13")
 
 
 class disk_errors:  # noqa: N801 - used like a function: `with disk_errors(path):`
-    """Turns what a full disk raises inside the block into `DiskFullError`; everything else passes unchanged.
+    """Turns what a full disk or a folder that may not be written raises inside the block into a `StorageError`.
 
-    Understands OSError, and libraries that hide it (safetensors and torch's writer raise their own types).
+    Everything else passes unchanged. `path` is what is written. Understands OSError, and libraries that hide it
+    (safetensors and torch's writer raise their own types).
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,8 +56,19 @@ class disk_errors:  # noqa: N801 - used like a function: `with disk_errors(path)
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, DiskFullError) and is_disk_full(error, self.path):
-            raise disk_full(self.path) from error
+        if error is None or isinstance(error, StorageError):
+            return
+        found = storage_error(error, self.path)
+        if found is not None:
+            raise found from error
+
+
+def storage_error(error: BaseException, path: Path) -> StorageError | None:
+    """The message for a write to `path` that ended in `error`; None when something else is to blame."""
+    if is_disk_full(error, path):
+        return disk_full(path)
+    place = read_only_place(error, path)
+    return None if place is None else read_only(place)
 
 
 def is_disk_full(error: BaseException, path: Path) -> bool:
@@ -80,6 +97,59 @@ def disk_full(path: Path) -> DiskFullError:
     )
 
 
+def read_only_place(error: BaseException, path: Path) -> Path | None:
+    """What may not be written, when `error`, or what caused it, says so of a write to `path`; else None.
+
+    A refusal counts when it is about `path`, what is in it or beside it, and this user really cannot write there:
+    reading something else may be refused as well.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        number, filename = (seen.errno, seen.filename) if isinstance(seen, OSError) else (None, None)
+        named = Path(filename) if isinstance(filename, str) else path
+        text = str(seen).lower()
+        if number == errno.EROFS or any(part in text for part in _READ_ONLY_TEXTS):
+            return named
+        refused = number in _FORBIDDEN or (number is None and any(part in text for part in _FORBIDDEN_TEXTS))
+        # What is made, renamed or removed is an entry of its folder; without a name only `path` itself can be asked.
+        asked = [named, named.absolute().parent] if isinstance(filename, str) else [path]
+        if refused and _concerns(named, path) and not all(os.access(_existing(place), os.W_OK) for place in asked):
+            return named
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def read_only(path: Path) -> ReadOnlyError:
+    """The error for a write to the file or folder `path` that was refused."""
+    folder = _existing(path if path.is_dir() else path.absolute().parent)
+    try:
+        mounted_read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    except OSError:
+        mounted_read_only = False
+    if mounted_read_only:
+        reason = "its file system is read-only"
+        remedy = "mount it for writing (a disk with errors turns read-only: see dmesg)"
+    else:
+        reason = f"no permission for user {os.geteuid()}"
+        remedy = f"give the permission (chmod u+w {folder}, or chown)"
+    return ReadOnlyError(
+        f"the folder {folder} cannot be written ({reason}).\n"
+        f"Nothing half-written is taken for whole: {remedy}, or set run.dir to another folder, and give the same "
+        "command again to go on."
+    )
+
+
+def _concerns(named: Path, path: Path) -> bool:
+    """Whether a failure about `named` is one of writing `path`: itself, in it, beside it or on the way to it."""
+    named, path = named.absolute(), path.absolute()
+    return named.is_relative_to(path) or path.is_relative_to(named) or named.parent == path.parent
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())
+
+
 def free_bytes(path: Path) -> int | None:
     """Free bytes on the file system of `path` (or its nearest existing parent); None when it cannot be asked."""
     for candidate in (path, *path.absolute().parents):
@@ -98,7 +168,7 @@ def partial_path(final: Path) -> Path:
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes `path` atomically and durably: readers see the old file or the new one, also after a power cut.
 
-    Makes missing parent folders. Raises `DiskFullError`; the old file is then untouched.
+    Makes missing parent folders. Raises `StorageError`; the old file is then untouched.
     """
     temporary = partial_path(path)
     with disk_errors(path):
@@ -164,7 +234,7 @@ def publish_folder(temporary: Path, final: Path) -> None:
 
     A crash before 2 leaves the old folder, a crash after it leaves the old or the new folder at `final`, or neither
     between 3 and 4; `recover_folder` (called by `clean_partial` and here) then finishes steps 3 to 5.
-    Raises `DiskFullError`, and `FileNotFoundError` when `temporary` is not there.
+    Raises `StorageError`, and `FileNotFoundError` when `temporary` is not there.
     """
     with disk_errors(final):
         recover_folder(final)

@@ -78,9 +78,9 @@ class StageFolder:
         Whatever another fingerprint left (checkpoints, model, result) is removed first, so it is never mixed in.
         """
         resumable = self.read_fingerprint() == fingerprint
-        if not resumable:
-            files.discard(self.path)
         with files.disk_errors(self.path):
+            if not resumable:
+                files.discard(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         if not resumable:
             files.write_text(self.fingerprint_file, fingerprint + "\n")

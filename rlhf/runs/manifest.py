@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from rlhf.errors import EXIT_INTERRUPTED, EXIT_SUCCESS
+from rlhf.errors import EXIT_STOPPED, EXIT_SUCCESS
 from rlhf.runs import files, machine
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.jsonable import read_json
@@ -28,10 +28,6 @@ SCHEMA = "manifest/1"
 StageStatus = Literal["pending", "running", "finished", "failed", "interrupted", "skipped"]
 RunStatus = Literal["running", "finished", "failed", "interrupted", "killed"]
 _STAGE_STATUSES = get_args(StageStatus)
-
-
-# Ctrl-C, SIGTERM and SIGHUP.
-_INTERRUPTED = (EXIT_INTERRUPTED, 143, 129)
 
 
 def read_manifest(run: RunFolder) -> dict[str, Any]:
@@ -118,7 +114,7 @@ def finish_manifest(run: RunFolder, exit_status: int) -> dict[str, Any]:
     outcome: RunStatus = "failed"
     if exit_status == EXIT_SUCCESS:
         outcome = "finished"
-    elif exit_status in _INTERRUPTED:
+    elif exit_status in EXIT_STOPPED:
         outcome = "interrupted"
     with _changing(run) as manifest:
         now = _now()

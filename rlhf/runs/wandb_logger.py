@@ -51,7 +51,7 @@ def has_api_key() -> bool:
     """Whether `wandb login` was done for the configured server, or WANDB_API_KEY is set. Asks no server."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(_server()).netloc
+    host = urlsplit(server_address()).netloc
     candidates = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for candidate in candidates:
         try:
@@ -62,7 +62,7 @@ def has_api_key() -> bool:
     return False
 
 
-def _server() -> str:
+def server_address() -> str:
     """Base URL of the W&B server: the environment, then W&B's own settings file, then the public one."""
     if os.environ.get("WANDB_BASE_URL"):
         return os.environ["WANDB_BASE_URL"]

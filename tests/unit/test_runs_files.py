@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from rlhf.errors import DiskFullError
+from rlhf.errors import DiskFullError, ReadOnlyError
 from rlhf.runs import files
 from rlhf.runs.jsonable import dump_json, read_json, read_lines, to_jsonable
+from tests.read_only import as_nobody, make_read_only, nobodys_folder
 from tests.small_disk import small_disk
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
@@ -187,6 +189,69 @@ def test_really_full_disk(tmp_path: Path) -> None:
                 save(mount / "weights.partial")
         files.clean_partial(mount)
         assert names(mount) == {"kept.json"}
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "atomic file": lambda folder: files.write_text(folder / "kept.json", "new"),
+    "new file": lambda folder: (folder / "new").write_text("x"),
+    "file in a new folder": lambda folder: files.write_text(folder / "a" / "b" / "c", "x"),
+    "folder": lambda folder: (folder / "new").mkdir(),
+    "removal": lambda folder: (folder / "kept.json").unlink(),
+    "renaming": lambda folder: (folder / "kept.json").rename(folder / "other.json"),
+    "torch": lambda folder: torch.save({"a": torch.zeros(4)}, folder / "weights.pt"),
+    "safetensors": lambda folder: save_file({"a": torch.zeros(4)}, folder / "weights.safetensors"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_disk_that_turned_read_only_is_named(writer: str, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    files.write_text(tmp_path / "disk" / "kept.json", "old")
+    with make_read_only(tmp_path / "disk") as folder:
+        with pytest.raises(ReadOnlyError) as caught, files.disk_errors(folder):
+            WRITERS[writer](folder)
+        message = f"the folder {folder} cannot be written (its file system is read-only)"
+        assert str(caught.value).startswith(message)
+        assert "mount it for writing" in str(caught.value)
+        assert names(folder) == {"kept.json"}
+        assert (folder / "kept.json").read_text() == "old"
+    with files.disk_errors(tmp_path / "disk"):
+        WRITERS[writer](tmp_path / "disk")
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_folder_without_permission_is_named(writer: str) -> None:
+    with nobodys_folder() as folder, as_nobody():
+        files.write_text(folder / "kept.json", "old")
+        folder.chmod(0o555)
+        with pytest.raises(ReadOnlyError) as caught, files.disk_errors(folder):
+            WRITERS[writer](folder)
+        assert str(caught.value).startswith(f"the folder {folder} cannot be written (no permission for user")
+        assert f"chmod u+w {folder}" in str(caught.value)
+        assert (folder / "kept.json").read_text() == "old"
+        folder.chmod(0o755)
+        with files.disk_errors(folder):
+            WRITERS[writer](folder)
+
+
+def test_a_refusal_that_is_not_about_writing_here_passes() -> None:
+    """Another file may not be read: the folder that is written to is not to blame, even if it could not be written."""
+    with nobodys_folder() as folder, as_nobody():
+        (folder / "run").mkdir()
+        (folder / "data").mkdir()
+        (folder / "data" / "secret").write_text("x")
+        (folder / "data" / "secret").chmod(0)
+        (folder / "run").chmod(0o555)
+        with pytest.raises(PermissionError), files.disk_errors(folder / "run" / "checkpoints"):
+            (folder / "data" / "secret").read_text()
+        with pytest.raises(ValueError, match="not storage"), files.disk_errors(folder / "run"):
+            raise ValueError("not storage")
+        (folder / "run").chmod(0o755)
+        folder.chmod(0o555)  # as a mounted disk's parent is; the run folder itself can be written
+        with pytest.raises(RuntimeError), files.disk_errors(folder / "run"):
+            raise RuntimeError("reading something else: Permission denied (os error 13)")
+        folder.chmod(0o755)
+        (folder / "run").chmod(0o755)
 
 
 def test_hash_path_sees_names_and_contents(tmp_path: Path) -> None:

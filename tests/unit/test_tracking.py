@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from rlhf.runs import wandb_logger
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.metrics_file import rewind
 from rlhf.runs.tracking import Tracker
+from tests.command import environment
+from tests.silent_server import silent_server
 from tests.unit.runs_example import read_jsonl
 
 DISABLED = TrackingConfig(wandb="disabled")
@@ -274,3 +277,44 @@ for mode in ("disabled", "offline"):
     assert "wandb" not in answer.stdout.lower()
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_a_real_server_that_never_answers_does_not_hold_the_run_up(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from rlhf.config.tracking import TrackingConfig
+from rlhf.runs import wandb_logger
+from rlhf.runs.folder import RunFolder
+from rlhf.runs.tracking import Tracker
+from rlhf.worker import leave
+
+wandb_logger.INIT_SECONDS = 1.0
+started = time.monotonic()
+with Tracker.open(RunFolder(Path(sys.argv[1])), TrackingConfig(), "sft", 2) as tracker:
+    for step in (1, 2):
+        tracker.log(step, {"sft/loss": 1.0})
+print("seconds", time.monotonic() - started)
+leave(0)
+"""
+    with silent_server() as address:
+        extra = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "no_proxy": "127.0.0.1"}
+        env = environment(extra)
+        env.pop("WANDB_MODE", None)
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        total = time.monotonic() - started
+    assert done.stdout.count("W&B could not start online, so it logs offline (wandb sync uploads later)") == 1
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    seconds = float(done.stdout.splitlines()[-1].split()[1])
+    # One second of patience with the server; starting W&B twice takes the rest. Nothing waits for it at the end.
+    assert seconds < 25
+    assert total - seconds < 15

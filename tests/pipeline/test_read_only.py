@@ -1,0 +1,90 @@
+"""A folder that may no longer be written, in the middle of a run: a message, and afterwards the run goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+from rlhf.runs.files import hash_path
+from rlhf.runs.jsonable import read_json
+from tests.command import SMOKE, command, environment
+from tests.ppo_example import write_models
+from tests.read_only import make_read_only, respect_permissions
+
+
+def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    """The command in `folder`, by somebody whom permissions stop."""
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=respect_permissions,
+    )
+
+
+def wait_for_checkpoint(checkpoints: Path, process: subprocess.Popen[str]) -> Path:
+    """The first checkpoint that is whole."""
+    end = time.monotonic() + 180
+    while time.monotonic() < end:
+        for marker in sorted(checkpoints.glob("checkpoint-*/*.json")):
+            if marker.parent.name.removeprefix("checkpoint-").isdigit() and "files" in (read_json(marker) or {}):
+                return marker.parent
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint in {checkpoints}")
+
+
+def check_refusal(process: subprocess.Popen[str], folder: Path, reason: str) -> None:
+    """The command ended with one message, which names the folder."""
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    assert "Traceback" not in stderr
+    assert stderr.count("cannot be written") == 1, stderr
+    assert f"rlhf: error: the folder {folder}" in stderr
+    assert reason in stderr
+    assert "give the same command again" in stderr
+
+
+def check_continued(process: subprocess.Popen[str], run: Path, stage: str, num_steps: int) -> None:
+    """The same command went on from the checkpoint, and every step is there once."""
+    stdout, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0, stderr
+    assert "goes on where it was interrupted" in stdout
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if f'"{stage}/' in line]
+    steps = [json.loads(line)["step"] for line in lines]
+    assert [step for step in steps if step > 0] == list(range(1, num_steps + 1))
+    assert (run / "stages" / stage / "result.json").is_file()
+
+
+def test_a_disk_that_turns_read_only_while_it_is_written_to(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["sft", *SMOKE, f"run.dir={run}", "sft.max_steps=40", "sft.save_every=10"]
+    process = start(arguments, tmp_path)
+    checkpoint = wait_for_checkpoint(run / "stages/sft/checkpoints", process)
+    with make_read_only(run):
+        before = hash_path(checkpoint)
+        check_refusal(process, run, "its file system is read-only")
+        assert hash_path(checkpoint) == before
+        # As long as it lasts, the same command says the same at once.
+        check_refusal(start(arguments, tmp_path), run, "its file system is read-only")
+    check_continued(start(arguments, tmp_path), run, "sft", 40)
+
+
+def test_a_checkpoint_folder_that_loses_its_permission(tmp_path: Path) -> None:
+    inputs = write_models(tmp_path / "models")
+    run, checkpoints = tmp_path / "run", tmp_path / "run/stages/ppo/checkpoints"
+    arguments = ["ppo", *SMOKE, f"run.dir={run}", "ppo.num_updates=12", "ppo.save_every=2"]
+    arguments += [f"ppo.{name}={inputs[name]}" for name in ("policy", "reward_model")]
+    process = start(arguments, tmp_path)
+    checkpoint = wait_for_checkpoint(checkpoints, process)
+    checkpoints.chmod(0o555)
+    before = hash_path(checkpoint)
+    check_refusal(process, checkpoints, "no permission for user")
+    assert hash_path(checkpoint) == before
+    checkpoints.chmod(0o755)
+    check_continued(start(arguments, tmp_path), run, "ppo", 12)
