@@ -6,7 +6,7 @@ PIP_ARGS ?=
 RLHF_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow mutation lint install clean
+.PHONY: quickstart test test-slow crash-test mutation lint install clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,11 @@ test: $(VENV)/.installed-development
 
 test-slow: $(VENV)/.installed-development
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Kills the pipeline a hundred times and damages its checkpoints, see docs/reliability.md; CRASH_ARGS reaches the harness.
+crash-test: $(VENV)/.installed-development
+	$(BIN)/python -m tests.distributed.crash_harness $(CRASH_ARGS)
+	$(BIN)/python -m tests.distributed.crash_harness --damage $(CRASH_ARGS)
 
 # Breaks each operation of the maths on purpose and sees a test fail; rewrites experiments/mutation.
 mutation: $(VENV)/.installed-development

@@ -1,0 +1,182 @@
+"""Runs that are killed with SIGKILL and have their checkpoints damaged end as if nothing had happened.
+
+The short form of `crash_harness`: eight kills at moments chosen beforehand, four checkpoints damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.command import SMOKE
+from tests.distributed.crash_compare import differences
+from tests.distributed.crash_damage import damage_newest, is_reported
+from tests.distributed.crash_harness import DECK, SETTINGS, TRAINED, Dealer, Outcome, Setting, last_line, table
+from tests.distributed.crash_watch import Attempt, Damage, Moment, kill
+
+pytestmark = pytest.mark.distributed
+
+# Four steps with a checkpoint after each: two are there when a third is being written.
+STEPS = (
+    *SMOKE,
+    *(f"{stage}.{key}" for stage in ("sft", "reward_model") for key in ("max_steps=4", "save_every=1")),
+    "ppo.num_updates=4",
+    "ppo.save_every=1",
+)
+ONE_PROCESS = [
+    Moment("sft", "saved", "tree", damage="flip"),
+    Moment("reward_model", "saved", "rank", damage="truncate"),
+    Moment("ppo", "checkpoint", "supervisor"),
+    Moment("evaluate", "time", "tree", share=0.5),
+]
+ZERO = {
+    "zero2": [Moment("sft", "checkpoint", "rank"), Moment("sft", "saved", "supervisor", damage="truncate")],
+    "zero3": [Moment("ppo", "checkpoint", "rank"), Moment("ppo", "saved", "tree", damage="flip")],
+}
+
+
+def _setting(name: str, folder: Path, *more: str) -> Setting:
+    return Setting(name, (*STEPS, *SETTINGS[name], *more), folder, random.Random(1))
+
+
+def _assert_nothing_lost(outcome: Outcome, plan: list[Moment]) -> None:
+    report = table([outcome])
+    assert not outcome.failed, report
+    assert last_line([outcome]) == f"{len(plan)} kills, 0 lost, 0 different"
+    assert outcome.damaged == sum(moment.damage is not None for moment in plan), report
+    assert {hit.place for hit in outcome.hits} == {moment.place for moment in plan}, report
+    assert any("checkpoint" in hit.half_written for hit in outcome.hits), report
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """The whole pipeline in one process, undisturbed and, at the same time on another core, killed."""
+    setting = _setting("one_process", tmp_path_factory.mktemp("crash"))
+    with ThreadPoolExecutor(1) as pool:
+        reference = pool.submit(setting.run_undisturbed)
+        setting.run_killed(ONE_PROCESS, reference.result)
+    return setting
+
+
+def test_one_process_killed_in_every_stage(one_process: Setting) -> None:
+    _assert_nothing_lost(one_process.outcome, ONE_PROCESS)
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_two_ranks_killed_while_they_train(zero: str, one_process: Setting, tmp_path: Path) -> None:
+    models = one_process.reference / "run/stages"
+    stages = {
+        "zero2": ("stages=[sft]",),
+        "zero3": ("stages=[ppo]", f"ppo.policy={models}/sft/model", f"ppo.reward_model={models}/reward_model/model"),
+    }
+    setting = _setting(zero, tmp_path, *stages[zero])
+    setting.run_undisturbed()
+    setting.run_killed(ZERO[zero])
+    _assert_nothing_lost(setting.outcome, ZERO[zero])
+
+
+def _spoil_weights(run: Path) -> str:
+    path = run / "stages/ppo/model/model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[3]
+    weights[name].view(-1)[0] += 1e-6
+    save_file(weights, path, metadata={"format": "pt"})
+    return f"stages/ppo/model/model.safetensors: {name}"
+
+
+def _spoil_metrics(run: Path) -> str:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([lines[0], *lines]))
+    return "metrics.jsonl: line 2 (sft, step 2): "
+
+
+def _spoil_samples(run: Path) -> str:
+    path = run / "samples.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:-2], b""]))
+    number = len(lines) - 2
+    return f"samples.jsonl: {number} lines instead of {number + 1}"
+
+
+def _spoil_result(run: Path) -> str:
+    path = run / "stages/reward_model/result.json"
+    body = json.loads(path.read_text())
+    body["summary"] |= {"accuracy": -1.0, "perf/peak_memory_bytes": -1}
+    path.write_text(json.dumps(body))
+    return "stages/reward_model/result.json: summary.accuracy: -1.0 instead of"
+
+
+def _leave_half_written(run: Path) -> str:
+    (run / "stages/sft/checkpoints/checkpoint-9.partial").mkdir()
+    return "stages/sft/checkpoints/checkpoint-9.partial: left half-written"
+
+
+SPOILERS = [_spoil_weights, _spoil_metrics, _spoil_samples, _spoil_result, _leave_half_written]
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_the_comparison_sees_what_is_wrong(spoil: Callable[[Path], str], one_process: Setting, tmp_path: Path) -> None:
+    expected = one_process.reference / "run"
+    assert differences(expected, expected) == []
+    shutil.copytree(expected, tmp_path / "run")
+    message = spoil(tmp_path / "run")
+    found = differences(expected, tmp_path / "run")
+    assert len(found) == 1
+    assert found[0].startswith(message)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_damage_is_done_to_the_newest_checkpoint(damage: Damage, tmp_path: Path) -> None:
+    for step in (9, 10):
+        folder = tmp_path / f"stages/ppo/checkpoints/checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_bytes(b"state")
+    path = damage_newest(tmp_path, "ppo", damage, random.Random(1))
+    assert path == tmp_path / "stages/ppo/checkpoints/checkpoint-10/state.pt"
+    content = path.read_bytes()
+    if damage == "truncate":
+        assert b"state".startswith(content)
+        assert len(content) < 5
+    else:
+        pairs = zip(content, b"state", strict=True)
+        assert sum((one ^ other).bit_count() for one, other in pairs) == 1
+    log = tmp_path / "log"
+    log.write_text(f"rlhf: {tmp_path}/stages/ppo/checkpoints/checkpoint-9: state.pt\n")
+    assert not is_reported(log, path)
+    log.write_text(f"rlhf: {path.parent} is damaged: state.pt was altered\n")
+    assert is_reported(log, path)
+
+
+def test_a_hundred_kills_are_dealt_over_all_moments() -> None:
+    dealer = Dealer(random.Random(1))
+    moments = [moment for _ in range(8) for moment in dealer.deal(len(DECK) // 8)]
+    assert sorted((moment.place, moment.kind) for moment in moments) == sorted(DECK)
+    victims = [moment.victim for moment in moments]
+    assert min(victims.count(victim) for victim in ("supervisor", "rank", "tree")) >= len(DECK) // 3
+    assert all(DECK.count((stage, "checkpoint")) == 2 for stage in TRAINED)
+
+
+def test_a_process_whose_parent_is_gone_is_still_found(tmp_path: Path) -> None:
+    with Attempt(["experiment=nonesuch"], tmp_path, tmp_path / "log") as attempt:
+        script = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+        subprocess.run([sys.executable, "-c", script], env={**os.environ, **attempt.mark}, check=True)
+        attempt.process.wait()
+        orphans = attempt.members()
+        assert len(orphans) == 1
+        kill(orphans)
+        end = time.monotonic() + 10
+        while attempt.members():
+            assert time.monotonic() < end
+            time.sleep(0.01)
