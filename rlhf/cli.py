@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import rlhf
+from rlhf.distributed import stopping
 from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, EXIT_USAGE, ConfigError, UserError
 from rlhf.worker import explain
 
@@ -31,6 +31,8 @@ VERBS = {
     "evaluate": "run stage evaluate alone: judge the policy against the baseline on held-out prompts",
     "report": "run stage report alone: write report.html from what the run folder holds",
     "config": "print the resolved config and where each value came from",
+    "plan": "say whether the training stages fit into memory, where it goes and how long they take; --json",
+    "doctor": "check whether this machine runs it: versions, devices, disk, network, ranks; --json for machines",
 }
 
 
@@ -48,9 +50,10 @@ Examples:
   rlhf run experiment=quickstart stages=[ppo,evaluate,report] ppo.policy=FOLDER
   rlhf config experiment=quickstart
 
-Groups: experiment, model, data, zero. `rlhf config experiment=NAME` lists every key with its value and origin.
+Groups: experiment, model, data, zero, peft, launcher.
+`rlhf config experiment=NAME` lists every key with its value and origin.
 The same command again resumes, or finds nothing to do. run.dir=FOLDER chooses the run folder.
-Exit codes: 0 success, 2 wrong usage or config, 130 interrupted, 137 a rank was killed, 1 anything else.
+Exit codes: 0 success, 2 wrong usage or config, 130 Ctrl-C, 143 SIGTERM, 137 a rank was killed, 1 anything else.
 --debug shows tracebacks; --version prints the version."""
 
 
@@ -89,6 +92,16 @@ def _dispatch(verb: str, arguments: list[str], debug: bool) -> int:
         raise ConfigError(f"unknown verb {verb!r}{hint} (rlhf --help lists them: {', '.join(VERBS)})")
     from rlhf.config.compose import load_config, render_sources
 
+    # What the launcher does not see: composing the config, hashing data, writing the report.
+    stopping.install()
+    if verb == "doctor":
+        from rlhf.doctor import run_doctor
+
+        return run_doctor(arguments)
+    if verb == "plan":
+        from rlhf.planning.command import run_plan
+
+        return run_plan(arguments)
     if verb in STAGE_VERBS:
         arguments = [*arguments, f"stages=[{STAGE_VERBS[verb]}]"]
     loaded = load_config(arguments)
@@ -97,13 +110,7 @@ def _dispatch(verb: str, arguments: list[str], debug: bool) -> int:
         return EXIT_SUCCESS
     from rlhf.supervisor import supervise
 
-    signal.signal(signal.SIGTERM, _terminate)
     return supervise(loaded.config, command=["rlhf", verb, *arguments], debug=debug)
-
-
-def _terminate(number: int, frame: object) -> NoReturn:
-    """SIGTERM outside the launcher's own handling ends like an exit with the conventional code."""
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -8,41 +8,89 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 
 from pydantic import ValidationError
 
-from rlhf import data
+from rlhf import data, sbatch
 from rlhf.config import RLHFConfig, StageName, config_hash, config_to_yaml
-from rlhf.distributed.launch import adopt_slurm, launch, under_launcher
-from rlhf.errors import EXIT_SUCCESS, ConfigError, UserError
+from rlhf.config.distributed import DistributedConfig
+from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
+from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
+from rlhf.distributed.follower import follow
+from rlhf.distributed.launch import launch
+from rlhf.distributed.leader import Leader
+from rlhf.distributed.nodes import NodePlace, place_of
+from rlhf.distributed.slurm import adopt_slurm, under_launcher
+from rlhf.errors import EXIT_STOPPED, EXIT_SUCCESS, ConfigError, Stopped, StorageError, UserError, describe_stop
 from rlhf.pipeline import StagePlan, begin_stage, default_run_folder, plan_stage, preflight
 from rlhf.runs import console, manifest
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.report import write_report
-from rlhf.worker import explain, leave, run_stage
+from rlhf.worker import explain, leave, note_stop, run_stage
 
-# What a run is, as far as its default folder is concerned: everything but where it lives and what is logged besides.
-_NOT_IDENTITY = ("run", "tracking", "stages")
+# What a run is, as far as its default folder is concerned: everything but where it lives, what is logged besides, on
+# how many processes, sharded how, and in what portions it is computed: those may change from attempt to attempt.
+_NOT_IDENTITY = (
+    *("run", "tracking", "stages", "plan", "launcher", "zero"),
+    *(f"distributed.{key}" for key in DistributedConfig.model_fields if key not in ("device", "precision")),
+    *(f"{stage}.{key}" for stage in ("sft", "reward_model") for key in sorted(TRAINING_BOOKKEEPING)),
+    *(f"ppo.{key}" for key in sorted(PPO_BOOKKEEPING)),
+)
+# A run that failed because nothing can be written has said so; its manifest is mended when it is started again.
+_FAILED_ALREADY = suppress(StorageError)
 
 
 def supervise(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
     """Runs the config's stages. Returns the exit code; errors of the user rise as `UserError`."""
+    if config.launcher.type == "slurm":
+        return sbatch.write_job(config, _prepare(config).path, command)
+    place = place_of(config.distributed, os.environ)
+    if place is not None:
+        return _supervise_node(config, place, command, debug)
     adopt_slurm(os.environ)
     if under_launcher(os.environ):
         return _run_as_rank(_with_world_size(config), command, debug)
     run = _prepare(config)
     with run.lock():
-        _start_manifest(config, run, command)
-        try:
-            return _run_stages(config, run, debug)
-        except UserError as error:
+        return _run(config, run, command, debug)
+
+
+def _run(config: RLHFConfig, run: RunFolder, command: Sequence[str], debug: bool, leader: Leader | None = None) -> int:
+    _start_manifest(config, run, command)
+    try:
+        return _run_stages(config, run, debug, leader)
+    except (UserError, Stopped) as error:
+        with _FAILED_ALREADY:
             manifest.finish_manifest(run, error.exit_code)
-            raise
+        raise
+
+
+def _supervise_node(config: RLHFConfig, place: NodePlace, command: Sequence[str], debug: bool) -> int:
+    """One of several nodes: node 0 does what a single one does and leads the others."""
+    values = config.model_dump(mode="json")
+    if place.rank > 0:
+        run = _prepare(config)
+        return follow(
+            place,
+            run.path,
+            values,
+            lambda stage: _rank_command(run, stage, debug),
+            num_threads=config.distributed.num_threads,
+            grace_seconds=config.distributed.stop_seconds,
+        )
+    with Leader(place) as leader:
+        run = _prepare(config)
+        with run.lock():
+            leader.meet(run.path, values)
+            code = _run(config, run, command, debug, leader)
+            leader.end(code)
+            return code
 
 
 def _prepare(config: RLHFConfig) -> RunFolder:
@@ -65,7 +113,7 @@ def _start_manifest(config: RLHFConfig, run: RunFolder, command: Sequence[str]) 
     )
 
 
-def _run_stages(config: RLHFConfig, run: RunFolder, debug: bool) -> int:
+def _run_stages(config: RLHFConfig, run: RunFolder, debug: bool, leader: Leader | None) -> int:
     data_hash = data.data_hash(config.data)
     for position, name in enumerate(config.stages, start=1):
         if name == "report":
@@ -74,10 +122,13 @@ def _run_stages(config: RLHFConfig, run: RunFolder, debug: bool) -> int:
         plan = plan_stage(config, run, name, data_hash)
         if plan.finished:
             console.heading(name, position, len(config.stages), "finished earlier, nothing to do")
+            # A supervisor that was killed between the result and this line has left the manifest without it.
+            _record_finished(run, name)
             continue
-        code = _run_in_ranks(config, run, plan, position, debug)
+        code = _run_in_ranks(config, run, plan, position, debug, leader)
         if code != EXIT_SUCCESS:
-            manifest.finish_manifest(run, code)
+            with _FAILED_ALREADY:
+                manifest.finish_manifest(run, code)
             return code
     _finish(config, run)
     return EXIT_SUCCESS
@@ -101,32 +152,53 @@ def _begin(config: RLHFConfig, run: RunFolder, plan: StagePlan, position: int) -
     detail = "goes on where it was interrupted" if resumes else ""
     console.heading(plan.name, position, len(config.stages), detail)
     inputs = {name: str(path) for name, path in plan.inputs.items()}
-    manifest.update_stage(run, plan.name, status="running", fingerprint=plan.fingerprint, inputs=inputs)
+    manifest.update_stage(run, plan.name, status="running", fingerprint=plan.fingerprint, inputs=inputs, stopped=None)
 
 
-def _run_in_ranks(config: RLHFConfig, run: RunFolder, plan: StagePlan, position: int, debug: bool) -> int:
+def _rank_command(run: RunFolder, stage: str, debug: bool) -> list[str]:
+    return [sys.executable, "-m", "rlhf.worker", str(run.path), stage, *(["--debug"] if debug else [])]
+
+
+def _run_in_ranks(
+    config: RLHFConfig, run: RunFolder, plan: StagePlan, position: int, debug: bool, leader: Leader | None
+) -> int:
     """Starts one process a rank for a stage and waits. Returns the exit code; the ranks have printed any message."""
     _begin(config, run, plan, position)
     started = time.monotonic()
-    arguments = [sys.executable, "-m", "rlhf.worker", str(run.path), plan.name, *(["--debug"] if debug else [])]
-    result = launch(
-        arguments,
-        config.distributed.num_processes,
-        num_threads=config.distributed.num_threads,
-        log_folder=run.path / "logs" / plan.name,
-    )
+    with nullcontext() if leader is None else leader.stage(plan.name) as peers:
+        result = launch(
+            _rank_command(run, plan.name, debug),
+            config.distributed.num_processes,
+            num_threads=config.distributed.num_threads,
+            log_folder=run.path / "logs" / plan.name,
+            peers=peers,
+            grace_seconds=config.distributed.stop_seconds,
+        )
     if result.exit_code == EXIT_SUCCESS:
         _record_finished(run, plan.name)
         return EXIT_SUCCESS
-    if result.rank is not None and result.log_tail:
-        print(f"rlhf: rank {result.rank} failed; the end of its log:\n{result.log_tail}", file=sys.stderr)
-    if result.interrupted_by is None and result.exit_code > 128:
+    stopped_by = result.exit_code - 128 if result.exit_code in EXIT_STOPPED else None
+    if stopped_by is None and result.rank is not None and result.log_tail:
+        print(f"rlhf: {result.culprit} failed; the end of its log:\n{result.log_tail}", file=sys.stderr)
+    if stopped_by is None and (result.exit_code > 128 or result.problem):
         print(f"rlhf: stage {plan.name}: {result.describe()}", file=sys.stderr)
-    if result.interrupted_by is not None:
-        print(f"rlhf: interrupted in stage {plan.name}; the same command goes on from there", file=sys.stderr)
-    status = "failed" if result.interrupted_by is None else "interrupted"
-    manifest.update_stage(run, plan.name, status=status, seconds=round(time.monotonic() - started, 3))
+    if stopped_by is not None:
+        print(f"rlhf: stage {plan.name}: {_how_it_stopped(run, plan.name, stopped_by)}", file=sys.stderr)
+    status = "failed" if stopped_by is None else "interrupted"
+    with _FAILED_ALREADY:
+        manifest.update_stage(run, plan.name, status=status, seconds=round(time.monotonic() - started, 3))
     return result.exit_code
+
+
+def _how_it_stopped(run: RunFolder, name: StageName, number: int) -> str:
+    """What rank 0 left about its stop; a rank that had no time to is one that was killed."""
+    note = manifest.read_manifest(run).get("stages", {}).get(name, {}).get("stopped")
+    if isinstance(note, dict):
+        return describe_stop(number, note.get("step"))
+    return (
+        f"stopped by {signal.Signals(number).name} without time for a checkpoint; the same command goes on from the "
+        "one before. distributed.stop_seconds is the time that a stop may take"
+    )
 
 
 def _record_finished(run: RunFolder, name: StageName) -> None:
@@ -141,19 +213,22 @@ def _record_finished(run: RunFolder, name: StageName) -> None:
         outputs=result.outputs,
         summary=result.summary,
         peak_memory_bytes=result.summary.get("perf/peak_memory_bytes"),
+        memory_growth_bytes=result.summary.get("perf/memory_growth_bytes"),
+        predicted_memory_bytes=result.summary.get("perf/predicted_memory_bytes"),
     )
 
 
 def _with_world_size(config: RLHFConfig) -> RLHFConfig:
     """Under another launcher the number of processes is the launcher's."""
     world_size = int(os.environ["WORLD_SIZE"])
-    asked = config.distributed.num_processes
+    asked = config.distributed.world_size
     if asked not in (1, world_size):
         raise ConfigError(
-            f"distributed.num_processes={asked}, but the launcher started {world_size} processes. Leave the key out."
+            f"distributed.num_processes={asked}, but the launcher started {world_size} processes. Leave the key out, "
+            f"or set distributed.num_nodes={world_size} where srun starts one task on each of so many nodes."
         )
     dump = config.model_dump(mode="json")
-    dump["distributed"]["num_processes"] = world_size
+    dump["distributed"] |= {"num_processes": world_size, "num_nodes": 1, "node_rank": None, "rendezvous": None}
     return _validated(dump)
 
 
@@ -171,6 +246,7 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
 
     console.quiet_libraries()
     run: RunFolder | None = None
+    begun, current = False, None
     locks = ExitStack()
     try:
         runtime = Runtime.start(config.distributed, config.zero, config.seed)
@@ -178,6 +254,7 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
         if runtime.is_main:
             _prepare(config)
             locks.enter_context(run.lock())
+            begun = True
             _start_manifest(config, run, command)
         runtime.barrier()
         data_hash = data.data_hash(config.data)
@@ -190,13 +267,17 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
             plan = runtime.broadcast_object(plan_stage(config, run, name, data_hash) if runtime.is_main else None)
             assert plan is not None
             if plan.finished:
+                if runtime.is_main:
+                    _record_finished(run, name)
                 continue
             if runtime.is_main:
                 _begin(config, run, plan, position)
+                current = name
             runtime.barrier()
             run_stage(config, run, name, runtime)
             if runtime.is_main:
                 _record_finished(run, name)
+                current = None
             # Each stage starts from the same random state and with fresh library singletons, as in its own process.
             runtime = Runtime.start(config.distributed, config.zero, config.seed)
         if runtime.is_main:
@@ -204,9 +285,14 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
         runtime.barrier()
     # The process boundary: every error becomes a message and an exit code.
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+        if isinstance(error, Stopped) and os.environ.get("RANK", "0") != "0":
+            leave(error.exit_code)  # rank 0 says it for all
         code = explain(error, run, debug)
-        if run is not None and run.manifest.exists() and os.environ.get("RANK") == "0":
-            manifest.finish_manifest(run, code)
+        if run is not None and begun:
+            if isinstance(error, Stopped) and current is not None:
+                note_stop(run, current, error)
+            with _FAILED_ALREADY:
+                manifest.finish_manifest(run, code)
         # The other ranks may wait in a collective operation that this rank will never join: leave at once, so that the
         # launcher ends them.
         leave(code)

@@ -10,8 +10,10 @@ from rlhf.config.base import NonNegativeInt, Section
 from rlhf.config.closed_form import ClosedFormConfig
 from rlhf.config.data import DataConfig, EmbeddedData
 from rlhf.config.distributed import DistributedConfig
+from rlhf.config.launcher import LauncherConfig
 from rlhf.config.model import ModelConfig
 from rlhf.config.peft import NoPEFT, PEFTConfig, lora_of
+from rlhf.config.plan import PlanConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.run import RunConfig
 from rlhf.config.stages import CollectConfig, EvaluateConfig, RewardModelConfig, SFTConfig
@@ -35,6 +37,7 @@ class RLHFConfig(Section):
     data: DataConfig = EmbeddedData()
     zero: ZeroConfig = ZeroConfig()
     distributed: DistributedConfig = DistributedConfig()
+    launcher: LauncherConfig = LauncherConfig()
     tracking: TrackingConfig = TrackingConfig()
     run: RunConfig = RunConfig()
     sft: SFTConfig = SFTConfig()
@@ -43,6 +46,7 @@ class RLHFConfig(Section):
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     closed_form: ClosedFormConfig = ClosedFormConfig()
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
     def _stages_once(self) -> RLHFConfig:
@@ -65,7 +69,7 @@ class RLHFConfig(Section):
 
     @model_validator(mode="after")
     def _ranks_share_batches(self) -> RLHFConfig:
-        ranks = self.distributed.num_processes
+        ranks = self.distributed.world_size
         sizes = (
             ("sft.batch_size", self.sft.batch_size),
             ("reward_model.batch_size", self.reward_model.batch_size),
@@ -73,5 +77,8 @@ class RLHFConfig(Section):
         )
         wrong = " and ".join(f"{name} ({size})" for name, size in sizes if size % ranks)
         if wrong:
-            raise ValueError(f"{wrong} must be a multiple of distributed.num_processes ({ranks})")
+            names = "distributed.num_processes"
+            if self.distributed.num_nodes > 1:
+                names = f"distributed.num_nodes * {names}"
+            raise ValueError(f"{wrong} must be a multiple of {names} ({ranks})")
         return self

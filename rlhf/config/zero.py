@@ -2,20 +2,70 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from rlhf.config.base import Section
 
+AUTO = "auto"
+# Parts of a DeepSpeed JSON that would be second answers to what other sections of the config say.
+_REFUSED = {
+    "optimizer": "the optimiser is that of the stage's section (learning_rate, adam_beta1, ...)",
+    "scheduler": "the schedule is that of the stage's section (schedule, warmup_steps, ...)",
+    "bfloat16": "the part is called bf16",
+    "train_batch_size": "it is sft.batch_size, reward_model.batch_size, and the minibatch of stage ppo",
+}
+_REFUSED_WHEN_ENABLED = {
+    "fp16": "distributed.precision is fp32 or bf16",
+    "amp": "distributed.precision is fp32 or bf16",
+    "torch_autocast": "distributed.precision is fp32 or bf16",
+}
+# Our field by the part of the JSON's zero_optimization that says the same.
+_OFFLOAD = {"offload_optimizer": "offload_optimizer", "offload_parameters": "offload_param"}
+
 
 class ZeroConfig(Section):
-    """ZeRO stage and offload. Stage 0 trains without DeepSpeed: one process, or plain data parallelism."""
+    """ZeRO stage and offload. Stage 0 trains without DeepSpeed: one process, or plain data parallelism.
+
+    With `config`, a JSON file for DeepSpeed, stage and offload are the file's. `content` is what it holds, so that
+    the frozen config of a run says what it ran with. A value that contradicts the file raises `ValueError`.
+    """
 
     stage: Literal[0, 1, 2, 3] = Field(0, description="what is sharded: 1 optimiser, 2 + gradients, 3 + parameters")
     offload_optimizer: bool = Field(False, description="keep optimiser state in CPU memory (stages 1 to 3)")
     offload_parameters: bool = Field(False, description="keep parameters in CPU memory (stage 3)")
-    extra: dict[str, Any] = Field({}, description="entries merged into the generated DeepSpeed JSON, last word to you")
+    shard_frozen: bool = Field(
+        False,
+        description="shard stage ppo's reference and reward models as well, a layer gathered at a time (stage 3)",
+    )
+    config: str | None = Field(
+        None, description="a DeepSpeed JSON file in the place of the generated configuration; zero.extra still applies"
+    )
+    content: dict[str, Any] = Field({}, description="what the file zero.config holds; filled in from it")
+    extra: dict[str, Any] = Field({}, description="entries merged into the DeepSpeed JSON, last word to you")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_from_file(cls, values: Any) -> Any:
+        """Reads `config`, and fills in what the file decides. Wrong types are left for the fields to complain about."""
+        if not isinstance(values, Mapping):
+            return values
+        values, path, content = dict(values), values.get("config"), values.get("content") or {}
+        if isinstance(path, str):
+            found = read_deepspeed_file(path)
+            if content and content != found:
+                raise ValueError(
+                    f"config: {path} has changed since this configuration was frozen. Set zero.content={{}} to take "
+                    "the file as it is now, or config=null to keep what was frozen"
+                )
+            values["content"] = content = found
+        if isinstance(content, Mapping) and content:
+            values |= _decided(content, values, path if isinstance(path, str) else "zero.content")
+        return values
 
     @model_validator(mode="after")
     def _offload_needs_a_stage(self) -> ZeroConfig:
@@ -23,4 +73,88 @@ class ZeroConfig(Section):
             raise ValueError("offload_optimizer needs zero.stage 1, 2 or 3")
         if self.offload_parameters and self.stage != 3:
             raise ValueError("offload_parameters needs zero.stage 3")
+        if self.shard_frozen and self.stage != 3:
+            raise ValueError("shard_frozen needs zero.stage 3: below it parameters are whole on every rank")
         return self
+
+    @model_validator(mode="after")
+    def _file_is_for_deepspeed(self) -> ZeroConfig:
+        if self.content and self.stage == 0:
+            raise ValueError(
+                f"{self.file}: stage 0 runs without DeepSpeed, so nothing would read the file. Give "
+                'zero_optimization.stage 1, 2 or 3 in it (or "auto", and set zero.stage), or leave zero.config out'
+            )
+        return self
+
+    @property
+    def file(self) -> str:
+        """Where `content` comes from, for messages."""
+        return self.config or "zero.content"
+
+
+def read_deepspeed_file(path: str) -> dict[str, Any]:
+    """A DeepSpeed JSON file's content. Raises `ValueError` that says where in the file the mistake is."""
+    try:
+        body = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except OSError as error:
+        raise ValueError(f"config: {path} cannot be read ({error.strerror}); expected a DeepSpeed JSON file") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"config: {path} is no JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: {path} is no text in UTF-8, byte {error.start} is not") from error
+    except _TwiceError as error:
+        raise ValueError(f'config: {path} has the key "{error}" twice in one object; leave one out') from error
+    if not isinstance(body, dict) or not body:
+        raise ValueError(f"config: {path} must hold a JSON object with DeepSpeed's settings, {{...}}, and it is not")
+    return body
+
+
+class _TwiceError(Exception):
+    """A key that stands twice in one JSON object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _TwiceError(key)
+        result[key] = value
+    return result
+
+
+def contradiction(file: str, key: str, theirs: object, ours: str, remedy: str) -> str:
+    """The text of an error about a DeepSpeed JSON that says something else than the configuration."""
+    return f'{file} has {key}={json.dumps(theirs)}, but {ours}. {remedy}, or write "auto" in the file'
+
+
+def _decided(content: Mapping[str, Any], values: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Our fields as the file decides them. Raises `ValueError` where it contradicts us or decides too much."""
+    for key, whose in _REFUSED.items():
+        if content.get(key) not in (None, AUTO):
+            raise ValueError(f"{file} has {key}={json.dumps(content[key])}, but {whose}. Leave {key} out of the file")
+    for key, whose in _REFUSED_WHEN_ENABLED.items():
+        part = content.get(key)
+        if isinstance(part, Mapping) and part.get("enabled") not in (None, False, AUTO):
+            raise ValueError(f"{file} has {key}.enabled={json.dumps(part['enabled'])}, but {whose}. Leave {key} out")
+    if not isinstance(content.get("bf16", {}), Mapping):
+        raise ValueError(f'{file}: bf16 must be an object such as {{"enabled": "auto"}}')
+    section = content.get("zero_optimization", {})
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{file}: zero_optimization must be an object, it is {json.dumps(section)}")
+    stage = section.get("stage", AUTO)
+    if stage != AUTO and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
+        raise ValueError(f'{file}: zero_optimization.stage must be 0, 1, 2, 3 or "auto", it is {json.dumps(stage)}')
+    found: dict[str, Any] = {} if stage == AUTO else {"stage": int(stage)}
+    for name, key in _OFFLOAD.items():
+        part = section.get(key, AUTO)
+        if part != AUTO:
+            found[name] = isinstance(part, Mapping) and part.get("device") not in (None, "none")
+    for name, value in found.items():
+        if name in values and values[name] != value:
+            key = {"stage": "stage", **_OFFLOAD}[name]
+            ours, theirs = f"zero.{name} is {json.dumps(values[name])}", section[key]
+            remedy = f"Leave zero.{name} out (a preset zero=... sets it too)"
+            raise ValueError(contradiction(file, f"zero_optimization.{key}", theirs, ours, remedy))
+    return found

@@ -2,6 +2,7 @@
 
 Every rank is a child in its own session, so a terminal's Ctrl-C reaches only the supervisor, which then asks the ranks
 to end. A rank calls `die_with_parent` when it starts, so that none outlives a supervisor that was killed outright.
+With several nodes the supervisor of each starts its own ranks; `Peers` is how it hears of the others.
 """
 
 from __future__ import annotations
@@ -9,53 +10,26 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import signal
 import socket
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
+from rlhf.distributed.peers import LaunchResult, Peers, Placement, Word
 from rlhf.errors import EXIT_SUCCESS
 
 SUPERVISOR_PID = "RLHF_SUPERVISOR_PID"
 _POLL_SECONDS = 0.02
+# How much longer than its own ranks a node waits for those of the others.
+_PEERS_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class LaunchResult:
-    """How a group of ranks ended.
-
-    `exit_code`: 0 when every rank succeeded; else the first failing rank's (128 + n for one ended by signal n, so 137
-    for `kill -9`); 128 + n when the supervisor itself was told to end by signal n (130 for Ctrl-C).
-    `rank`: the rank that failed first, None on success and after an interruption. `interrupted_by`: the signal the
-    supervisor got, if any. `log_tail`: the last lines that rank wrote, empty for rank 0, whose output was inherited.
-    """
-
-    exit_code: int
-    rank: int | None = None
-    interrupted_by: int | None = None
-    log_tail: str = ""
-
-    def describe(self) -> str:
-        """One line for the user."""
-        if self.interrupted_by is not None:
-            return f"stopped by {signal.Signals(self.interrupted_by).name}"
-        if self.rank is None:
-            return "all ranks succeeded"
-        if self.exit_code <= 128:
-            return f"rank {self.rank} ended with exit code {self.exit_code}"
-        number = self.exit_code - 128
-        names = {member.value: member.name for member in signal.Signals}
-        hint = "; often this means that memory ran out" if number == signal.SIGKILL else ""
-        return f"rank {self.rank} was ended by signal {number} ({names.get(number, 'unknown')}){hint}"
 
 
 def available_cores() -> int:
@@ -77,88 +51,37 @@ def threads_per_rank(num_processes: int, num_threads: int | None, env: Mapping[s
     return max(1, available_cores() // num_processes)
 
 
-def under_launcher(env: Mapping[str, str]) -> bool:
-    """Whether torchrun, accelerate, deepspeed, srun or `launch` started this process as one rank of a group."""
-    return ("RANK" in env and "WORLD_SIZE" in env) or _slurm_tasks(env) > 1
-
-
-def adopt_slurm(env: MutableMapping[str, str]) -> None:
-    """Fills in what torch expects from srun's variables; what is already set stays. A no-op outside srun.
-
-    Every task derives the same port from the job's and step's numbers, below the range the kernel hands out.
-    """
-    tasks = _slurm_tasks(env)
-    if tasks <= 1 or ("RANK" in env and "WORLD_SIZE" in env):
-        return
-    nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    first_host = _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
-    job, step = env.get("SLURM_JOB_ID", "0"), env.get("SLURM_STEP_ID", "0")
-    number = (int(job) if job.isdigit() else 0) * 31 + (int(step) if step.isdigit() else 0)
-    values = {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": str(tasks),
-        "LOCAL_RANK": env.get("SLURM_LOCALID", env["SLURM_PROCID"]),
-        "LOCAL_WORLD_SIZE": str(_slurm_local_tasks(env, tasks, nodes)),
-        "MASTER_ADDR": first_host if nodes > 1 and first_host else "127.0.0.1",
-        "MASTER_PORT": str(15000 + number % 15000),
-    }
-    for name, value in values.items():
-        env.setdefault(name, value)
-
-
-def _slurm_tasks(env: Mapping[str, str]) -> int:
-    """Tasks of the srun step this process belongs to; 0 outside of one.
-
-    A batch script sees the job's SLURM_NTASKS too, but it is no task of a step: srun alone sets SLURM_STEP_NUM_TASKS.
-    """
-    if "SLURM_PROCID" not in env:
-        return 0
-    step_tasks = env.get("SLURM_STEP_NUM_TASKS")
-    if step_tasks is None and env.get("ENVIRONMENT") == "BATCH":
-        return 0
-    tasks = step_tasks or env.get("SLURM_NTASKS", "0")
-    return int(tasks) if tasks.isdigit() else 0
-
-
-def _slurm_local_tasks(env: Mapping[str, str], tasks: int, nodes: int) -> int:
-    """Tasks on this node, from a list like `4(x2),3` indexed by the node's number."""
-    counts: list[int] = []
-    listing = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", listing):
-        counts.extend([int(count)] * int(times or 1))
-    node = int(env.get("SLURM_NODEID", "0"))
-    return counts[node] if node < len(counts) else max(1, tasks // nodes)
-
-
-def _first_host(hosts: str) -> str:
-    """The first name of a Slurm host list: `gpu[03-05,9],login` gives `gpu03`."""
-    found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?", hosts)
-    return (found.group(1) + (found.group(2) or "")) if found else ""
-
-
 def die_with_parent() -> None:
     """Called by a rank when it starts: the kernel kills it when its supervisor dies. A no-op in other processes."""
     supervisor = os.environ.pop(SUPERVISOR_PID, None)
     if supervisor is None:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != int(supervisor):  # it may have died before the line above, or a wrapper sits in between
-        try:
-            os.kill(int(supervisor), 0)
-        except ProcessLookupError:
-            os.kill(os.getpid(), signal.SIGKILL)
+    # It may have died before the line above, or a wrapper sits in between.
+    if os.getppid() != int(supervisor) and not _alive(int(supervisor)):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked about yet does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
 
 
 @contextlib.contextmanager
-def reserved_port() -> Iterator[int]:
+def reserved_port(address: str = "127.0.0.1") -> Iterator[int]:
     """A free TCP port that stays ours: the bound socket is kept open, without listening, while the ranks run.
 
     With SO_REUSEADDR on both sides rank 0 can listen on it, while the kernel hands it out to nobody else, so that
     launches at the same time on one host never meet.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))
+        holder.bind((address, 0))
         yield holder.getsockname()[1]
 
 
@@ -169,85 +92,137 @@ def launch(
     env_extra: Mapping[str, str] | None = None,
     num_threads: int | None = None,
     log_folder: Path | None = None,
+    peers: Peers | None = None,
     grace_seconds: float = 25.0,
     failure_grace_seconds: float = 3.0,
     tail_lines: int = 20,
 ) -> LaunchResult:
-    """Runs `command` once for each rank and waits until all have ended; no process of theirs is left.
+    """Runs `command` once for each rank of this node and waits until all have ended; no process of theirs is left.
 
     Rank 0 inherits standard output and error; the others write to `log_folder/rank<n>.log` (appended; a temporary
     folder when None). When a rank fails, the others get SIGTERM and `failure_grace_seconds` later SIGKILL; unless it is
     rank 0, the result carries the last `tail_lines` of its log for the caller to show. SIGINT, SIGTERM and SIGHUP to
     this process are passed on once, as SIGTERM, with `grace_seconds` to end in; a second Ctrl-C kills at once. Must be
     called from the main thread for the signals to be seen.
+
+    With `peers` the ranks are numbered after those of the nodes before this one, a failure or signal on any node ends
+    the ranks of all, and the first failure of all is the result.
     """
     with contextlib.ExitStack() as stack:
         if log_folder is None:
             log_folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlhf-ranks-")))
         log_folder.mkdir(parents=True, exist_ok=True)
-        port = stack.enter_context(reserved_port())
-        watch = stack.enter_context(_SignalWatch())
-        ranks = stack.enter_context(_Ranks())
+        placement = _on_this_host(stack.enter_context(reserved_port())) if peers is None else peers.placement
+        watch = stack.enter_context(SignalWatch())
+        ranks = stack.enter_context(_Ranks(placement.node_rank * num_processes))
         env = {**os.environ, **(env_extra or {})}
-        env.update(_shared_env(num_processes, port, threads_per_rank(num_processes, num_threads, env)))
+        env.update(_shared_env(num_processes, placement, threads_per_rank(num_processes, num_threads, env)))
         # A thread that spins while it waits takes the core from the thread it waits for as soon as anything else runs
         # on the machine: small models were seen to take seventy times as long.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        if os.path.exists("/sys/class/net/lo"):
-            env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve must not matter
-        for rank in range(num_processes):
-            ranks.start(command, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log_folder)
-        return _supervise(ranks, watch, grace_seconds, failure_grace_seconds, tail_lines)
+        if placement.interface is not None:
+            env.setdefault("GLOO_SOCKET_IFNAME", placement.interface)  # else it asks what the host's name resolves to
+        for _ in range(num_processes):
+            ranks.start(command, env, log_folder)
+        course = _Course(ranks, peers, grace_seconds, failure_grace_seconds, tail_lines)
+        while True:
+            running = ranks.poll()
+            course.look(watch.received)
+            if not running and (peers is None or not peers.busy()):
+                return course.result()
+            time.sleep(_POLL_SECONDS)
 
 
-def _shared_env(num_processes: int, port: int, threads: int) -> dict[str, str]:
+def _on_this_host(port: int) -> Placement:
+    return Placement(0, 1, "127.0.0.1", port, "lo" if os.path.exists("/sys/class/net/lo") else None)
+
+
+def _shared_env(num_processes: int, placement: Placement, threads: int) -> dict[str, str]:
     return {
-        "WORLD_SIZE": str(num_processes),
+        "WORLD_SIZE": str(num_processes * placement.num_nodes),
         "LOCAL_WORLD_SIZE": str(num_processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_ADDR": placement.address,
+        "MASTER_PORT": str(placement.port),
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         SUPERVISOR_PID: str(os.getpid()),
     }
 
 
-def _supervise(
-    ranks: _Ranks, watch: _SignalWatch, grace_seconds: float, failure_grace_seconds: float, tail_lines: int
-) -> LaunchResult:
-    """Waits for the ranks; ends all of them after the first failure or when this process is told to end."""
-    failed: int | None = None
+@dataclass
+class _Course:
+    """How the ranks come to their end: what has been seen of it, and what was done about it."""
+
+    ranks: _Ranks
+    peers: Peers | None
+    grace_seconds: float
+    failure_grace_seconds: float
+    tail_lines: int
+    failures: list[LaunchResult] = field(default_factory=list)
     interrupted_by: int | None = None
-    deadline = float("inf")
-    while ranks.poll():
-        if watch.received and interrupted_by is None:
-            interrupted_by = watch.received[0]
-            ranks.terminate()
-            deadline = time.monotonic() + grace_seconds
-        if failed is None and interrupted_by is None and (failed := ranks.first_failure()) is not None:
-            ranks.terminate()
-            deadline = time.monotonic() + failure_grace_seconds
-        if time.monotonic() > deadline or watch.received.count(signal.SIGINT) > 1:
-            ranks.kill()
-            deadline = float("inf")
-        time.sleep(_POLL_SECONDS)
-    if interrupted_by is not None:
-        return LaunchResult(128 + interrupted_by, interrupted_by=interrupted_by)
-    if failed is None:
-        failed = ranks.first_failure()
-    if failed is None:
-        return LaunchResult(EXIT_SUCCESS)
-    return LaunchResult(ranks.exit_code(failed), rank=failed, log_tail=ranks.log_tail(failed, tail_lines))
+    ending: bool = False
+    deadline: float = float("inf")
+    num_signals: int = 0
+
+    def look(self, received: Sequence[int]) -> None:
+        """Ends all ranks after the first failure anywhere, or when any node is told to end."""
+        # What fails after it was asked to end is no cause.
+        failed = None if self.ending else self.ranks.first_failure()
+        for number in received[self.num_signals :]:
+            at_once = received.count(signal.SIGINT) > 1
+            if self.peers is not None:
+                self.peers.tell_signal(number, at_once)
+            self._hear(Word(signal=number, at_once=at_once))
+        self.num_signals = len(received)
+        # A signal that another node got comes before what its ranks' leaving does to the ranks here.
+        for word in self.peers.poll() if self.peers is not None else ():
+            self._hear(word)
+        if failed is not None and self.interrupted_by is None:
+            failure = self.ranks.failure(failed, self.tail_lines)
+            self.failures.append(failure)
+            if self.peers is not None:
+                self.peers.tell_failure(failure)
+            self._end(self.failure_grace_seconds)
+        if time.monotonic() > self.deadline:
+            self.ranks.kill()
+        if self.peers is not None and time.monotonic() > self.deadline + _PEERS_SECONDS:
+            self.peers.give_up()
+
+    def result(self) -> LaunchResult:
+        """How it ended. Of several failures the first is the cause, but before all one by a signal or a lost node."""
+        if self.interrupted_by is not None:
+            return LaunchResult(128 + self.interrupted_by, interrupted_by=self.interrupted_by)
+        if not self.failures:
+            return LaunchResult(EXIT_SUCCESS)
+        return min(self.failures, key=lambda failure: failure.exit_code <= 128 and not failure.problem)
+
+    def _hear(self, word: Word) -> None:
+        if word.failure is not None:
+            self.failures.append(word.failure)
+        if word.signal is None:
+            self._end(self.failure_grace_seconds)
+        elif self.interrupted_by is None:
+            self.interrupted_by = word.signal
+            self._end(self.grace_seconds)
+        if word.at_once:
+            self.ranks.kill()
+
+    def _end(self, seconds: float) -> None:
+        """Asks the ranks to end, once, and gives them `seconds`."""
+        if not self.ending:
+            self.ranks.terminate()
+            self.deadline = time.monotonic() + seconds
+        self.ending = True
 
 
-class _SignalWatch:
+class SignalWatch:
     """Collects the signals that ask this process to end, instead of dying of them, while the context is open."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> _SignalWatch:
+    def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and jobs of a shell without job control
@@ -274,8 +249,9 @@ class _Rank:
 
 @dataclass
 class _Ranks:
-    """The rank processes; leaving the context kills what is left of them."""
+    """This node's rank processes; leaving the context kills what is left of them."""
 
+    first_rank: int
     members: list[_Rank] = field(default_factory=list)
     _failures: list[int] = field(default_factory=list)
 
@@ -291,13 +267,14 @@ class _Ranks:
 
     def start(self, command: Sequence[str], env: Mapping[str, str], log_folder: Path) -> None:
         """Starts the next rank in a new session."""
-        rank = len(self.members)
+        local_rank = len(self.members)
+        rank = self.first_rank + local_rank
         log = None if rank == 0 else log_folder / f"rank{rank}.log"
         with contextlib.ExitStack() as stack:
             output: IO[bytes] | None = None if log is None else stack.enter_context(log.open("ab"))
             process = subprocess.Popen(
                 list(command),
-                env=dict(env),
+                env={**env, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,
@@ -319,13 +296,17 @@ class _Ranks:
         return not all(member.reaped for member in self.members)
 
     def first_failure(self) -> int | None:
-        """The rank that failed first."""
+        """The local number of the rank that failed first."""
         return self._failures[0] if self._failures else None
 
-    def exit_code(self, rank: int) -> int:
-        """What a shell would call the rank's end: its exit status, or 128 + n for one that signal n ended."""
-        code = self.members[rank].process.returncode
-        return 128 - code if code < 0 else code
+    def failure(self, number: int, tail_lines: int) -> LaunchResult:
+        """The failed rank's end. The exit code is what a shell would call it: 128 + n for one that signal n ended."""
+        code = self.members[number].process.returncode
+        return LaunchResult(
+            128 - code if code < 0 else code,
+            rank=self.first_rank + number,
+            log_tail=self._log_tail(self.members[number], tail_lines),
+        )
 
     def terminate(self) -> None:
         """Asks every running rank to end; its own helpers are left to it."""
@@ -339,9 +320,8 @@ class _Ranks:
             if not member.reaped:
                 _signal_group(member.process.pid, signal.SIGKILL)
 
-    def log_tail(self, rank: int, lines: int) -> str:
+    def _log_tail(self, member: _Rank, lines: int) -> str:
         """The last lines a rank wrote since it started; empty for rank 0."""
-        member = self.members[rank]
         if member.log is None or not member.log.exists():
             return ""
         with member.log.open("rb") as file:

@@ -19,7 +19,8 @@ import torch.distributed
 
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.zero import ZeroConfig
-from rlhf.distributed.launch import adopt_slurm, die_with_parent, threads_per_rank
+from rlhf.distributed.launch import die_with_parent, threads_per_rank
+from rlhf.distributed.slurm import adopt_slurm
 from rlhf.errors import ConfigError
 
 ObjectT = TypeVar("ObjectT")
@@ -161,6 +162,11 @@ def _identity(config: DistributedConfig) -> tuple[int, int, int, int]:
             f"distributed.num_processes is {config.num_processes}, but this host runs {local_world_size} "
             f"process{'es' if local_world_size > 1 else ''} (world size {world_size}). "
             f"Set distributed.num_processes={local_world_size}, or start {config.num_processes} with your launcher."
+        )
+    if config.num_nodes > 1 and world_size != config.world_size:
+        raise ConfigError(
+            f"distributed.num_nodes ({config.num_nodes}) * distributed.num_processes ({config.num_processes}) is "
+            f"{config.world_size}, but the process group has {world_size} ranks. Under another launcher leave both out."
         )
     return rank, world_size, local_rank, local_world_size
 

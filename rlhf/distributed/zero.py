@@ -1,15 +1,38 @@
-"""The DeepSpeed configuration of a ZeRO stage. Pure: the same for our own engine and for a Hugging Face trainer."""
+"""The DeepSpeed configuration of a ZeRO stage. Pure: the same for our own engine and for a Hugging Face trainer.
+
+A user's own DeepSpeed JSON (`zero.config`) takes the generated one's place. What the loops decide is filled in where it
+is absent or "auto", and must not be contradicted: DeepSpeed would train another run than the configuration says.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Literal
 
-from rlhf.config.zero import ZeroConfig
+from rlhf.config.zero import AUTO, ZeroConfig, contradiction
+from rlhf.errors import ConfigError
 
 # Elements in a communication buffer. DeepSpeed's own 500 million would take 2 GB a rank before the first step.
-_BUCKET_ELEMENTS = 50_000_000
+BUCKET_ELEMENTS = 50_000_000
+# Gathered parameters that ZeRO-3 keeps at a time, DeepSpeed's own number.
+MAX_LIVE_PARAMETERS = 1_000_000_000
+_WHOLE_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
+# What the loops decide, by the key of the JSON: how a contradiction is told, and where it can be mended.
+_REASONS = {
+    "train_micro_batch_size_per_gpu": ("this stage's micro-batch is", "Set micro_batch_size of the stage to it"),
+    "gradient_accumulation_steps": (
+        "this stage's batch_size, micro_batch_size and number of processes make it",
+        "Choose them to fit",
+    ),
+    "gradient_clipping": ("max_grad_norm of this stage is", "Set max_grad_norm to it"),
+    "zero_allow_untested_optimizer": ("torch's AdamW needs", "Leave it out"),
+    "zero_force_ds_cpu_optimizer": ("torch's AdamW on offloaded state needs", "Leave it out"),
+    "bf16.enabled": ("distributed.precision makes it", "Set distributed.precision to fit"),
+    "stage": ("zero.stage is", "Set zero.stage to it"),
+    _WHOLE_ON_SAVE: ("publishing the weights needs", "Leave it out"),
+}
 
 
 def deepspeed_json(
@@ -24,24 +47,69 @@ def deepspeed_json(
     """The configuration as DeepSpeed, Accelerate and `TrainingArguments(deepspeed=...)` take it; None at stage 0.
 
     `micro_batch_size` is one rank's examples a forward pass, `accumulation_steps` its forward passes an optimiser step.
-    The optimiser and the learning-rate schedule are the caller's own. `zero.extra` is merged in last, key by key.
+    The optimiser and the learning-rate schedule are the caller's own. `zero.content`, a user's own JSON, takes the
+    place of what is generated; `zero.extra` is merged in last, key by key. Raises `ConfigError` where the user's JSON
+    contradicts the other arguments.
     """
     if zero.stage == 0:
         return None
-    config: dict[str, Any] = {
+    decided = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": max_grad_norm,
-        "zero_optimization": _zero_section(zero, device_type),
         "zero_allow_untested_optimizer": True,
+    }
+    if zero.offload_optimizer:
+        decided["zero_force_ds_cpu_optimizer"] = False  # torch's optimiser works there without compiling C++
+    generated: dict[str, Any] = {
+        **decided,
+        "zero_optimization": _zero_section(zero, device_type),
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    if zero.offload_optimizer:
-        config["zero_force_ds_cpu_optimizer"] = False  # torch's optimiser works there without compiling C++
     if precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        generated["bf16"] = {"enabled": True}
+    if not zero.content:
+        return _merged(generated, zero.extra)
+    config = _resolved(zero.content, generated)
+    for key, value in decided.items():
+        _decide(config, zero, (key,), value)
+    _decide(config, zero, ("bf16", "enabled"), precision == "bf16")
+    _decide(config, zero, ("zero_optimization", "stage"), zero.stage)
+    if zero.stage == 3:
+        _decide(config, zero, ("zero_optimization", _WHOLE_ON_SAVE), True)
+    for key in ("offload_optimizer", "offload_param"):
+        if key in generated["zero_optimization"]:
+            config["zero_optimization"].setdefault(key, generated["zero_optimization"][key])
+    config.setdefault("steps_per_print", generated["steps_per_print"])
     return _merged(config, zero.extra)
+
+
+def _resolved(content: Mapping[str, Any], generated: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with what is generated for every "auto"; where nothing is, the key goes: DeepSpeed's default holds."""
+    result: dict[str, Any] = {}
+    for key, value in content.items():
+        ours = generated.get(key)
+        if isinstance(value, Mapping):
+            result[key] = _resolved(value, ours if isinstance(ours, Mapping) else {})
+        elif value != AUTO:
+            result[key] = deepcopy(value)
+        elif ours is not None:
+            result[key] = deepcopy(ours)
+    return result
+
+
+def _decide(config: dict[str, Any], zero: ZeroConfig, path: tuple[str, ...], value: object) -> None:
+    """Fills in what the loops decide. Raises `ConfigError` when the user's JSON says otherwise."""
+    for name in path[:-1]:
+        config = config.setdefault(name, {})
+    theirs = config.setdefault(path[-1], value)
+    if theirs != value:
+        key = ".".join(path)
+        wanted, remedy = _REASONS[path[-1] if path[0] == "zero_optimization" else key]
+        raise ConfigError(
+            contradiction(f"zero.config: {zero.file}", key, theirs, f"{wanted} {json.dumps(value)}", remedy)
+        )
 
 
 def _zero_section(zero: ZeroConfig, device_type: Literal["cpu", "cuda"]) -> dict[str, Any]:
@@ -50,16 +118,16 @@ def _zero_section(zero: ZeroConfig, device_type: Literal["cpu", "cuda"]) -> dict
         "overlap_comm": device_type == "cuda",  # on CPU there is no second stream to overlap with
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "reduce_bucket_size": _BUCKET_ELEMENTS,
-        "allgather_bucket_size": _BUCKET_ELEMENTS,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
     }
     if zero.stage == 3:
         section |= {
-            "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": 100_000,
-            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_live_parameters": MAX_LIVE_PARAMETERS,
             "stage3_max_reuse_distance": 1_000_000_000,
-            "stage3_gather_16bit_weights_on_model_save": True,
+            _WHOLE_ON_SAVE: True,
         }
     if zero.offload_optimizer:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": device_type == "cuda"}

@@ -12,8 +12,8 @@ from torch import nn
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.zero import ZeroConfig
-from rlhf.distributed.launch import adopt_slurm, under_launcher
 from rlhf.distributed.runtime import Runtime
+from rlhf.distributed.slurm import adopt_slurm, under_launcher
 from rlhf.errors import ConfigError
 from rlhf.runs.files import fingerprint
 
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 def start_runtime(config: DistributedConfig, zero: ZeroConfig, seed: int) -> Runtime:
     """This rank. Under torchrun, accelerate, deepspeed or srun the number of processes is the launcher's.
 
-    Raises `ConfigError` for several processes without a launcher: a trainer does not start any.
+    Raises `ConfigError` for several processes without a launcher: a trainer does not start any; and for frozen models
+    that are to be sharded, since its caller may use them on one rank alone.
     """
+    if zero.shard_frozen:
+        raise ConfigError(
+            "zero.shard_frozen is for `rlhf run`: the trainer keeps the reference and the reward model whole, so that "
+            "the script can use them, on one rank alone too. Leave it out"
+        )
     adopt_slurm(os.environ)
     if under_launcher(os.environ):
         if config.num_processes == 1:

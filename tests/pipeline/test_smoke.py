@@ -131,7 +131,7 @@ def test_ctrl_c_ends_with_130_and_leaves_no_process(finished: Path, tmp_path: Pa
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"interrupted in stage sft; the same command goes on" in message
+    assert b"stage sft: stopped by SIGINT" in message
     assert b"Traceback" not in message
     _, alive = psutil.wait_procs(children, timeout=15)
     assert alive == []

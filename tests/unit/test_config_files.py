@@ -22,7 +22,7 @@ from rlhf.config.serialize import plain_values
 from rlhf.errors import ConfigError
 
 CONFIGS = packaged_config_folder()
-GROUPS = ("model", "data", "zero", "peft", "ppo", "experiment")
+GROUPS = ("model", "data", "zero", "peft", "launcher", "ppo", "experiment")
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 MANDATORY = {
     "model/local": ("model.path=x",),

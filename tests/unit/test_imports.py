@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[2] / "rlhf"
 _RECORDS = {"errors", "records"}
 _SHARED = {"errors", "ops", "config", "records", "batches"}
 _LIBRARY = _SHARED | {"data", "models", "rewards", "preferences", "evaluation", "distributed", "runs"}
-_EVERYTHING = _LIBRARY | {"stages", "sweeps", "pipeline", "worker", "supervisor", "trainer"}
+_EVERYTHING = _LIBRARY | {"planning", "stages", "sweeps", "pipeline", "worker", "supervisor", "sbatch", "trainer"}
 
 # What each part of the package may import besides itself. A new part gets a line here.
 ALLOWED: dict[str, set[str]] = {
@@ -35,14 +35,18 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"errors", "config"},
     "runs": _RECORDS | {"config"},
     "evaluation": _LIBRARY,
+    # A plan is made of configs and of models without weights; a running stage is planned by what it has.
+    "planning": _LIBRARY,
     "stages": _LIBRARY,
     "sweeps": _EVERYTHING,
     "trainer": _EVERYTHING,
     "studies": _EVERYTHING,
+    "sbatch": {"errors", "config", "runs"},
     "pipeline": _EVERYTHING,
     "worker": _EVERYTHING,
     "supervisor": _EVERYTHING,
-    "cli": _EVERYTHING,
+    "doctor": _EVERYTHING,
+    "cli": _EVERYTHING | {"doctor"},
     "__main__": {"cli"},
 }
 STAGES = {"sft", "collect", "reward_model", "ppo", "evaluate"}
@@ -51,7 +55,14 @@ OWNED = {"accelerate": "distributed", "deepspeed": "distributed", "torch.distrib
 # Modules that must be importable without these libraries in memory.
 HEAVY = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "datasets", "wandb", "sklearn")
 LIGHT = ["rlhf.config", "rlhf.cli", "rlhf.pipeline", "rlhf.supervisor", "rlhf.worker", "rlhf.data", "rlhf.errors"]
-LIGHT += ["rlhf.records", "rlhf.distributed.launch", "rlhf.distributed.zero", "rlhf.preferences.annotators"]
+LIGHT += [
+    "rlhf.doctor",
+    "rlhf.records",
+    "rlhf.distributed.launch",
+    "rlhf.distributed.leader",
+    "rlhf.distributed.zero",
+    "rlhf.preferences.annotators",
+]
 
 
 def _modules() -> list[str]:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,15 +18,8 @@ import psutil
 import pytest
 
 import rlhf
-from rlhf.distributed.launch import (
-    LaunchResult,
-    adopt_slurm,
-    available_cores,
-    launch,
-    reserved_port,
-    threads_per_rank,
-    under_launcher,
-)
+from rlhf.distributed.launch import available_cores, launch, reserved_port, threads_per_rank
+from rlhf.distributed.peers import LaunchResult, Placement, Word
 
 MARK = "RLHF_TEST_MARK"
 
@@ -270,51 +263,62 @@ def test_configured_threads_come_first_then_the_environment_then_the_cores() -> 
     assert threads_per_rank(10**6, None, {}) == 1
 
 
-@pytest.mark.parametrize(
-    ("env", "expected"),
-    [
-        ({}, False),
-        ({"RANK": "0"}, False),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "ENVIRONMENT": "BATCH"}, False),  # the batch script itself
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "ENVIRONMENT": "BATCH", "SLURM_STEP_NUM_TASKS": "2"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),  # an interactive shell
-    ],
-)
-def test_a_launcher_is_recognised(env: Mapping[str, str], expected: bool) -> None:
-    assert under_launcher(env) is expected
+class ScriptedPeers:
+    """Another node that says these words, one at each look, once a rank here has failed or `ready` is there."""
+
+    placement = Placement(1, 2, "127.0.0.1", 29400, None)
+
+    def __init__(self, words: list[Word], ready: Path | None = None) -> None:
+        self.words = words
+        self.ready = ready
+        self.failures: list[LaunchResult] = []
+
+    def tell_failure(self, failure: LaunchResult) -> None:
+        self.failures.append(failure)
+
+    def tell_signal(self, number: int, at_once: bool) -> None:
+        raise AssertionError("nobody sent a signal")
+
+    def poll(self) -> list[Word]:
+        due = bool(self.failures) if self.ready is None else self.ready.exists()
+        return [self.words.pop(0)] if due and self.words else []
+
+    def busy(self) -> bool:
+        return bool(self.words)
+
+    def give_up(self) -> None:
+        raise AssertionError("the other node answered")
 
 
-def test_srun_on_several_nodes_is_translated() -> None:
-    env = {
-        "SLURM_PROCID": "5",
-        "SLURM_LOCALID": "1",
-        "SLURM_NODEID": "1",
-        "SLURM_STEP_NUM_TASKS": "6",
-        "SLURM_STEP_NUM_NODES": "2",
-        "SLURM_STEP_TASKS_PER_NODE": "4,2",
-        "SLURM_STEP_NODELIST": "gpu[03-04]",
-        "SLURM_JOB_ID": "1000",
-        "SLURM_STEP_ID": "2",
-        "MASTER_PORT": "29500",
-    }
-    adopt_slurm(env)
-    assert env["RANK"] == "5"
-    assert env["WORLD_SIZE"] == "6"
-    assert env["LOCAL_RANK"] == "1"
-    assert env["LOCAL_WORLD_SIZE"] == "2"
-    assert env["MASTER_ADDR"] == "gpu03"
-    assert env["MASTER_PORT"] == "29500"  # what is set stays
+def test_of_failures_on_two_nodes_the_one_by_a_signal_is_the_cause(tmp_path: Path, mark: str) -> None:
+    """A rank that fails because its peer is gone is noticed first at times, before the other node's word arrives."""
+    killed = LaunchResult(137, rank=0, where="node 0 (other)")
+    lost = LaunchResult(1, problem="node 0 (other) is gone")
+    for cause in (killed, lost):
+        peers = ScriptedPeers([Word(cause)])
+        result = launch(python("import sys; sys.exit(1)"), 1, log_folder=tmp_path, peers=peers)
+        assert result == cause
+        assert peers.failures == [LaunchResult(1, rank=1)]
+    assert killed.describe().startswith("rank 0 on node 0 (other) was ended by signal 9")
+    assert lost.describe() == "node 0 (other) is gone"
+    first = launch(python("import sys; sys.exit(3)"), 1, peers=ScriptedPeers([Word(LaunchResult(4, rank=0))]))
+    assert (first.exit_code, first.rank) == (3, 1)
 
 
-def test_srun_on_one_node_meets_on_the_loopback_and_other_launchers_are_left_alone() -> None:
-    env = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
-    adopt_slurm(env)
-    assert (env["RANK"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"]) == ("1", "1", "2")
-    assert env["MASTER_ADDR"] == "127.0.0.1"
-    assert 15000 <= int(env["MASTER_PORT"]) < 30000
-    untouched = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
-    adopt_slurm(untouched)
-    assert len(untouched) == 4
+def test_whatever_the_other_nodes_say_a_rank_is_asked_to_end_once(tmp_path: Path, mark: str) -> None:
+    code = f"""
+        import pathlib, signal, sys, time
+        folder = pathlib.Path({str(tmp_path)!r})
+        def end(*_):
+            with (folder / "asked").open("a") as file:
+                file.write("x")
+            time.sleep(0.5)
+            sys.exit(143)
+        signal.signal(signal.SIGTERM, end)
+        (folder / "ready").touch()
+        time.sleep(60)
+    """
+    words = [Word(), Word(LaunchResult(9, rank=0)), Word(signal=15), Word(signal=2)]
+    result = launch(python(code), 1, peers=ScriptedPeers(words, ready=tmp_path / "ready"))
+    assert result == LaunchResult(143, interrupted_by=15)
+    assert (tmp_path / "asked").read_text() == "x"

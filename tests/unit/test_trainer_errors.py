@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import DistributedConfig, PPOCallback, PPOConfig, PPOTrainer, UserError
+from rlhf import DistributedConfig, PPOCallback, PPOConfig, PPOTrainer, UserError, ZeroConfig
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.protocol import RewardError
@@ -141,6 +141,10 @@ CASES: dict[str, tuple[Change, str]] = {
     "processes": (
         lambda i: {"distributed": DistributedConfig(device="cpu", num_processes=2)},
         "torchrun --nproc-per-node=2",
+    ),
+    "sharded frozen models": (
+        lambda i: {"zero": ZeroConfig(stage=3, shard_frozen=True)},
+        "the trainer keeps the reference and the reward model whole",
     ),
     "model reward without a model": (
         lambda i: {"args": ppo_config(rewards={"judge": {"type": "model"}}).ppo},

@@ -1,14 +1,17 @@
-"""The generated DeepSpeed JSON: snapshots of every preset, and the user's last word."""
+"""The DeepSpeed JSON, generated or the user's own: snapshots, contradictions, and the user's last word."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
+from rlhf.config import config_to_yaml, load_config
 from rlhf.config.zero import ZeroConfig
 from rlhf.distributed.zero import deepspeed_json
+from rlhf.errors import EXIT_USAGE, ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "stage1": {"stage": 1},
@@ -109,3 +112,204 @@ def test_extra_is_merged_last_and_key_by_key() -> None:
     assert plain["gradient_clipping"] == 0.5
     config["zero_optimization"]["offload_optimizer"]["ratio"] = 0.1
     assert zero.extra["zero_optimization"]["offload_optimizer"]["ratio"] == 0.5  # the frozen config is not shared
+
+
+# What the documentation of Hugging Face gives people to start from, with what each "auto" here becomes below.
+HUGGING_FACE = """
+{
+  "bf16": {"enabled": "auto"},
+  "zero_optimization": {
+    "stage": 3,
+    "offload_optimizer": {"device": "cpu", "pin_memory": true},
+    "offload_param": {"device": "none"},
+    "overlap_comm": true,
+    "contiguous_gradients": true,
+    "sub_group_size": 1e9,
+    "reduce_bucket_size": "auto",
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto",
+    "stage3_max_live_parameters": 1e9,
+    "zero_quantized_weights": "auto",
+    "stage3_gather_16bit_weights_on_model_save": "auto"
+  },
+  "gradient_accumulation_steps": "auto",
+  "gradient_clipping": "auto",
+  "steps_per_print": 2000,
+  "train_batch_size": "auto",
+  "train_micro_batch_size_per_gpu": "auto",
+  "wall_clock_breakdown": true
+}
+"""
+RESOLVED: dict[str, Any] = {
+    "bf16": {"enabled": True},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "none"},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": 50000000,
+        "stage3_prefetch_bucket_size": 50000000,
+        "stage3_param_persistence_threshold": 100000,
+        "stage3_max_live_parameters": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 0.5,
+    "steps_per_print": 2000,
+    "train_micro_batch_size_per_gpu": 4,
+    "wall_clock_breakdown": True,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def own(content: object, **fields: Any) -> ZeroConfig:
+    """The section with a file of this content, written into the working folder."""
+    Path("mine.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return ZeroConfig.model_validate({"config": "mine.json", **fields})
+
+
+def test_a_file_of_the_user_s_takes_the_place_of_what_is_generated(folder: Path) -> None:
+    zero = own(HUGGING_FACE)
+    assert (zero.stage, zero.offload_optimizer, zero.offload_parameters) == (3, True, False)
+    assert generated(zero, "bf16") == RESOLVED
+    assert generated(zero, "bf16", "cuda") == RESOLVED  # nothing of the generated section is mixed in
+
+
+def test_a_short_file_gets_what_the_loops_decide_and_no_more(folder: Path) -> None:
+    zero = own({"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}, "comms_logger": {"enabled": False}})
+    assert generated(zero) == {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 7},
+        "comms_logger": {"enabled": False},
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": False},
+    }
+
+
+def test_our_keys_fill_in_what_a_file_leaves_open(folder: Path) -> None:
+    zero = own({"zero_optimization": {"stage": "auto", "offload_param": "auto"}}, stage=3, offload_parameters=True)
+    config = generated(zero)
+    assert config is not None
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "offload_param": {"device": "cpu", "pin_memory": False},
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+
+
+def test_extra_is_merged_last_also_into_a_file(folder: Path) -> None:
+    zero = own({"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}, extra={"gradient_clipping": 9.0})
+    config = generated(zero)
+    assert config is not None
+    assert config["gradient_clipping"] == 9.0
+    assert zero.content == {"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 8},
+            "zero.config: mine.json has train_micro_batch_size_per_gpu=8, but this stage's micro-batch is 4",
+        ),
+        ({"gradient_accumulation_steps": 1}, "has gradient_accumulation_steps=1, but this stage's batch_size"),
+        ({"gradient_clipping": 1.0}, "has gradient_clipping=1.0, but max_grad_norm of this stage is 0.5"),
+        ({"bf16": {"enabled": True}}, "has bf16.enabled=true, but distributed.precision makes it false"),
+        ({"zero_allow_untested_optimizer": False}, "has zero_allow_untested_optimizer=false"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}},
+            "has zero_optimization.stage3_gather_16bit_weights_on_model_save=false, but publishing the weights needs",
+        ),
+    ],
+)
+def test_a_contradiction_names_file_key_and_both_values(entries: dict[str, Any], expected: str, folder: Path) -> None:
+    zero = own({"zero_optimization": {"stage": 2}, **entries})
+    with pytest.raises(ConfigError) as caught:
+        generated(zero)
+    assert expected in str(caught.value)
+    assert caught.value.exit_code == EXIT_USAGE
+    assert str(caught.value).endswith('or write "auto" in the file')
+
+
+def problem(content: object, *arguments: str) -> str:
+    """The message for a run with this file."""
+    if content is not None:
+        Path("mine.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ConfigError) as caught:
+        load_config(["zero.config=mine.json", *arguments])
+    assert caught.value.exit_code == EXIT_USAGE
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "expected"),
+    [
+        (None, [], "mine.json cannot be read (No such file or directory); expected a DeepSpeed JSON file"),
+        ('{"a": 1,\n "b": }', [], "mine.json is no JSON: line 2, column 7: Expecting value"),
+        ('{"a": 1, "a": 2}', [], 'mine.json has the key "a" twice in one object'),
+        ("[]", [], "mine.json must hold a JSON object"),
+        ({"zero_optimization": {"stage": 3}}, ["zero.stage=2"], "has zero_optimization.stage=3, but zero.stage is 2"),
+        ({"zero_optimization": {"stage": 3}}, ["zero=stage2"], "zero.stage: 2 (configs/zero/stage2.yaml:2)"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            ["zero.offload_parameters=false"],
+            'zero_optimization.offload_param={"device": "cpu"}, but zero.offload_parameters is false',
+        ),
+        ({"zero_optimization": {"stage": 4}}, [], 'must be 0, 1, 2, 3 or "auto", it is 4'),
+        ({"zero_optimization": 3}, [], "zero_optimization must be an object, it is 3"),
+        ({"zero_optimization": {"stage": 0}}, [], "stage 0 runs without DeepSpeed, so nothing would read the file"),
+        ({"gradient_clipping": "auto"}, [], "stage 0 runs without DeepSpeed, so nothing would read the file"),
+        ({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}, [], "Leave optimizer out of the file"),
+        ({"scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}, [], "Leave scheduler out of the file"),
+        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, [], "distributed.precision is fp32 or bf16"),
+        ({"bf16": True, "zero_optimization": {"stage": 2}}, [], "bf16 must be an object"),
+        ({"train_batch_size": 32, "zero_optimization": {"stage": 2}}, [], "has train_batch_size=32, but it is"),
+    ],
+)
+def test_a_wrong_file_is_a_config_error(content: object, arguments: list[str], expected: str, folder: Path) -> None:
+    assert expected in problem(content, *arguments)
+
+
+def test_what_is_refused_may_be_there_when_it_says_nothing(folder: Path) -> None:
+    zero = own({"optimizer": "auto", "scheduler": None, "fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}})
+    config = generated(zero)
+    assert config is not None
+    assert "optimizer" not in config
+
+
+def test_the_frozen_config_holds_the_file_and_notices_when_it_changes(folder: Path) -> None:
+    content = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    Path("mine.json").write_text(json.dumps(content))
+    config = load_config(["zero.config=mine.json"]).config
+    assert config.zero.content == content
+    Path("frozen.yaml").write_text("# @package _global_\n" + config_to_yaml(config))
+    assert load_config(["experiment=frozen.yaml"]).config.zero == config.zero
+    Path("mine.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    with pytest.raises(ConfigError, match=r"mine\.json has changed since"):
+        load_config(["experiment=frozen.yaml"])
+    kept = load_config(["experiment=frozen.yaml", "zero.config=null"]).config.zero
+    assert (kept.content, kept.stage, kept.offload_optimizer) == (content, 3, True)
+
+
+@pytest.mark.parametrize(("choice", "sharded"), [("none", False), ("stage2", False), ("stage3", True)])
+def test_frozen_models_are_sharded_with_the_preset_of_stage_3(choice: str, sharded: bool) -> None:
+    assert load_config([f"zero={choice}"]).config.zero.shard_frozen is sharded
+    assert ZeroConfig(stage=3).shard_frozen is False
+
+
+def test_sharding_frozen_models_needs_stage_3() -> None:
+    with pytest.raises(ConfigError, match=r"shard_frozen needs zero\.stage 3"):
+        load_config(["zero=stage2", "zero.shard_frozen=true"])

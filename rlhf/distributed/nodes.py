@@ -1,0 +1,160 @@
+"""Several nodes: each runs the same command, node 0 leads, the others follow. Needs no torch.
+
+Node 0's supervisor decides what is to be done, holds the run folder's lock and writes its files. The supervisors of the
+other nodes connect to it at `distributed.rendezvous`; told to, they start their ranks of a stage, report how they end,
+and end with node 0's exit code. Both sides send a heart-beat: a node that is gone ends the run everywhere.
+
+Who connects has to prove that it can read a file in the run folder that only its owner may read. That makes sure that
+all nodes see one folder, since stages meet on disk; it keeps strangers out; and the file hands node 0's variables for
+W&B, Hugging Face and the communication libraries to the other nodes, so that no token travels over the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.distributed import DistributedConfig, split_address
+from rlhf.distributed.slurm import node_from_slurm, under_launcher
+from rlhf.errors import ConfigError
+
+PROTOCOL = "rlhf-nodes/1"
+# Variables of node 0 that its ranks on other nodes get too, unless they are set there.
+FORWARDED = ("WANDB_", "HF_", "NCCL_", "TORCH_NCCL_", "GLOO_")
+# What may differ between the commands of a run's nodes.
+OWN_KEYS = ("distributed.node_rank",)
+_SECRETS = ".nodes-*.json"
+
+
+@dataclass(frozen=True)
+class NodePlace:
+    """This node among those of its run, and where node 0 is met."""
+
+    rank: int
+    num_nodes: int
+    host: str
+    port: int
+    num_processes: int
+    timeout_seconds: int
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT as a user writes it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def place_of(config: DistributedConfig, env: Mapping[str, str]) -> NodePlace | None:
+    """This node's place; None for a single node, and for a process that another launcher started as one rank.
+
+    What the config leaves open Slurm's variables fill in. Raises `ConfigError` when something is still missing.
+    """
+    if config.num_nodes == 1 or ("RANK" in env and "WORLD_SIZE" in env):
+        return None
+    from_slurm = node_from_slurm(config, env)
+    if from_slurm is None and under_launcher(env):
+        return None
+    rank, rendezvous = config.node_rank, config.rendezvous
+    if from_slurm is not None:
+        rank = from_slurm[0] if rank is None else rank
+        rendezvous = rendezvous or from_slurm[1]
+    if rank is None or rendezvous is None:
+        raise _missing(config, rank, rendezvous, env)
+    host, port = split_address(rendezvous)
+    return NodePlace(rank, config.num_nodes, host, port, config.num_processes, config.timeout_seconds)
+
+
+def _missing(
+    config: DistributedConfig, rank: int | None, rendezvous: str | None, env: Mapping[str, str]
+) -> ConfigError:
+    keys = [key for key, value in (("node_rank", rank), ("rendezvous", rendezvous)) if value is None]
+    names = " and ".join(f"distributed.{key}" for key in keys)
+    slurm = ""
+    if "SLURM_JOB_ID" in env:
+        slurm = (
+            f" Inside this Slurm job, start it with srun --nodes={config.num_nodes} --ntasks={config.num_nodes} "
+            "--ntasks-per-node=1 instead, and leave both out."
+        )
+    return ConfigError(
+        f"distributed.num_nodes is {config.num_nodes}, but {names} {'are' if len(keys) > 1 else 'is'} not set. Give "
+        "the same command on each node, with distributed.rendezvous=HOST:PORT, an address of node 0 and a free port "
+        f"there, and with distributed.node_rank=0 on that node, 1 on the next and so on.{slurm}"
+    )
+
+
+@dataclass(frozen=True)
+class Secret:
+    """What node 0 leaves in the run folder for the others: the means of a proof, and its variables."""
+
+    token: str
+    value: str
+    environment: Mapping[str, str]
+
+    @staticmethod
+    def path(run_folder: Path, token: str) -> Path:
+        """A name that no node has looked for before: a network file system may remember for a while what is absent."""
+        return run_folder / f".nodes-{token}.json"
+
+    @classmethod
+    def write(cls, run_folder: Path, env: Mapping[str, str]) -> Secret:
+        """Makes a new one, readable by its owner alone; what killed runs left goes."""
+        for left in run_folder.glob(_SECRETS):
+            with suppress(FileNotFoundError):
+                left.unlink()
+        environment = {name: value for name, value in env.items() if name.startswith(FORWARDED)}
+        secret = cls(secrets.token_hex(16), secrets.token_hex(32), environment)
+        path = cls.path(run_folder, secret.token)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({"secret": secret.value, "environment": environment}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        return secret
+
+    @classmethod
+    def read(cls, run_folder: Path, token: str) -> Secret | None:
+        """The one with this token; None when it cannot be read."""
+        try:
+            body = json.loads(cls.path(run_folder, token).read_text())
+        except (OSError, ValueError):
+            return None
+        return cls(token, body["secret"], body["environment"])
+
+    def remove(self, run_folder: Path) -> None:
+        """Removes the file."""
+        with suppress(OSError):
+            self.path(run_folder, self.token).unlink()
+
+
+def differences(leader: Mapping[str, Any], follower: Mapping[str, Any]) -> list[str]:
+    """`key (A on node 0, B here)` for every dotted key in which two configs differ, but for `OWN_KEYS`."""
+    one, other = _flat(leader), _flat(follower)
+    keys = [key for key in dict.fromkeys((*one, *other)) if key not in OWN_KEYS and one.get(key) != other.get(key)]
+    return [f"{key} ({_shown(one, key)} on node 0, {_shown(other, key)} there)" for key in keys]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _shown(flat: Mapping[str, Any], key: str) -> str:
+    text = json.dumps(flat[key]) if key in flat else "absent"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def notice(text: str) -> None:
+    """One line for the user; what came from another node may hold anything, so nothing unprintable passes."""
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    print(f"rlhf: {printable}", file=sys.stderr, flush=True)

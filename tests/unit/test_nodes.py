@@ -1,0 +1,191 @@
+"""Several nodes, as processes on this host with small scripts for ranks: they meet, end together and let nobody in."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf.distributed import channel
+from tests.node_example import READY, SLEEP, outputs, start_node, write_settings
+from tests.unit.test_launch import mark, marked, wait_for, wait_until_gone
+
+__all__ = ["mark"]  # the fixture
+
+POLITE = """
+def end(*_):
+    with (folder / f"asked{rank}").open("a") as file:
+        file.write("x")
+    time.sleep(0.3)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+(folder / f"ready{rank}").touch()
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def two(tmp_path: Path, mark: str) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """Two nodes whose ranks wait, politely."""
+    settings = write_settings(tmp_path, POLITE)
+    nodes = start_node(settings, 0), start_node(settings, 1)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    yield nodes
+    assert wait_until_gone(mark, 5) == []
+
+
+def test_every_rank_on_every_node_gets_its_environment(tmp_path: Path, mark: str) -> None:
+    code = """
+    assert len(list(folder.glob(".nodes-*.json"))) == 1
+    stage = sys.argv[1]
+    (folder / f"{stage}{rank}").write_text(json.dumps(dict(os.environ)))
+    print("hello from rank", rank)
+    """
+    settings = write_settings(tmp_path, code, num_processes=2, num_nodes=3, stages=["sft", "ppo"])
+    (tmp_path / ".nodes-00.json").write_text("{}")  # what a killed run left
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HF_", "GLOO_"))}
+    lead = {**plain, "WANDB_API_KEY": "k", "HF_TOKEN": "t", "NCCL_DEBUG": "INFO", "OTHER": "o", "HF_HOME": "/zero"}
+    nodes = [start_node(settings, 2, env=plain), start_node(settings, 1, env={**plain, "HF_HOME": "/one"})]
+    nodes.insert(0, start_node(settings, 0, env=lead))
+    printed = outputs(*nodes)
+    assert [node.returncode for node in nodes] == [0, 0, 0], printed
+    assert "hello from rank 0" in printed[0]
+    assert "hello from rank 1" in (tmp_path / "logs/rank1.log").read_text()
+    assert "hello" not in printed[1]
+    assert not (tmp_path / "logs/rank0.log").exists()
+    for stage in ("sft", "ppo"):
+        environments = [json.loads((tmp_path / f"{stage}{rank}").read_text()) for rank in range(6)]
+        for rank, environment in enumerate(environments):
+            assert environment["LOCAL_RANK"] == str(rank % 2)
+            assert (environment["WORLD_SIZE"], environment["LOCAL_WORLD_SIZE"]) == ("6", "2")
+            assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+            assert environment["MASTER_ADDR"] == "127.0.0.1"
+            assert [environment[name] for name in ("WANDB_API_KEY", "HF_TOKEN", "NCCL_DEBUG")] == ["k", "t", "INFO"]
+            assert environment["HF_HOME"] == ("/one" if rank in (2, 3) else "/zero")
+            assert ("OTHER" in environment) == (rank < 2)
+        assert len({environment["MASTER_PORT"] for environment in environments}) == 1
+    assert not list(tmp_path.glob(".nodes-*"))
+    assert not marked(mark)
+
+
+def test_a_killed_rank_on_one_node_ends_all_nodes(tmp_path: Path, mark: str) -> None:
+    # Rank 1 fails as ranks do whose peers are gone; the cause is still the killed one.
+    code = """
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    if rank == "2":
+        print("last words")
+        subprocess.Popen(["sleep", "60"])
+        os.kill(os.getpid(), signal.SIGKILL)
+    while rank == "1" and not (folder / "pid2").exists():
+        time.sleep(0.01)
+    if rank == "1":
+        sys.exit(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+    """
+    settings = write_settings(tmp_path, code, num_processes=2)
+    nodes = [start_node(settings, 0), start_node(settings, 1)]
+    wait_for(tmp_path / "pid2")
+    started = time.monotonic()
+    printed = outputs(*nodes)
+    assert time.monotonic() - started < 10
+    assert [node.returncode for node in nodes] == [137, 137], printed
+    assert "sft: rank 2 on node 1 (" in printed[0]
+    assert "was ended by signal 9 (SIGKILL)" in printed[0]
+    assert "last words" in printed[0]
+    assert "node 0 ended the run with exit code 137" in printed[1]
+    assert wait_until_gone(mark, 2) == []
+
+
+def test_a_failing_rank_of_node_0_gives_all_nodes_its_exit_code(tmp_path: Path, mark: str) -> None:
+    settings = write_settings(tmp_path, f"{READY}time.sleep(60 if rank == '1' else 0.5)\nsys.exit(7)")
+    nodes = [start_node(settings, 0), start_node(settings, 1)]
+    outputs(*nodes)
+    assert [node.returncode for node in nodes] == [7, 7]
+    assert wait_until_gone(mark, 2) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_any_node_stops_all_ranks_once(
+    tmp_path: Path,
+    two: tuple[subprocess.Popen[str], subprocess.Popen[str]],
+    rank: int,
+    number: int,
+    code: int,
+) -> None:
+    two[rank].send_signal(number)
+    printed = outputs(*two)
+    assert [node.returncode for node in two] == [code, code], printed
+    assert [(tmp_path / f"asked{rank}").read_text() for rank in (0, 1)] == ["x", "x"]
+
+
+def test_a_signal_to_all_nodes_at_once_still_reaches_a_rank_once(
+    tmp_path: Path, two: tuple[subprocess.Popen[str], subprocess.Popen[str]]
+) -> None:
+    for node in two:
+        node.terminate()
+    printed = outputs(*two)
+    assert [node.returncode for node in two] == [143, 143], printed
+    assert [(tmp_path / f"asked{rank}").read_text() for rank in (0, 1)] == ["x", "x"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_second_interrupt_on_any_node_kills_at_once(tmp_path: Path, mark: str, rank: int) -> None:
+    stubborn = READY + 'signal.signal(signal.SIGTERM, lambda *_: (folder / f"asked{rank}").touch())\n'
+    settings = write_settings(tmp_path, stubborn + "while True:\n    time.sleep(0.05)\n")
+    nodes = [start_node(settings, 0), start_node(settings, 1)]
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    time.sleep(0.2)
+    nodes[rank].send_signal(signal.SIGINT)
+    wait_for(tmp_path / "asked0", tmp_path / "asked1")
+    nodes[rank].send_signal(signal.SIGINT)
+    printed = outputs(*nodes, seconds=5)
+    assert [node.returncode for node in nodes] == [130, 130], printed
+    assert wait_until_gone(mark, 2) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_supervisor_ends_the_other_node(tmp_path: Path, mark: str, rank: int) -> None:
+    settings = write_settings(tmp_path, SLEEP)
+    nodes = [start_node(settings, 0), start_node(settings, 1)]
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    nodes[rank].kill()
+    started = time.monotonic()
+    other = nodes[1 - rank]
+    printed = outputs(other)[0]
+    assert time.monotonic() - started < 10
+    assert other.returncode == 1
+    assert f"node {rank}" in printed
+    assert "is gone: it closed the connection" in printed
+    nodes[rank].communicate()
+    assert wait_until_gone(mark, 5) == []
+
+
+def test_a_node_that_falls_silent_ends_the_run_within_ten_seconds(tmp_path: Path, mark: str) -> None:
+    settings = write_settings(tmp_path, SLEEP)
+    nodes = [start_node(settings, 0), start_node(settings, 1)]
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    nodes[1].send_signal(signal.SIGSTOP)  # as if its host hung: the connection stays open
+    started = time.monotonic()
+    printed = outputs(nodes[0])[0]
+    assert 4 < time.monotonic() - started < 10
+    assert nodes[0].returncode == 1
+    assert "is gone: nothing was heard of it" in printed
+    nodes[1].kill()
+    nodes[1].communicate()
+    assert wait_until_gone(mark, 5) == []
+
+
+def test_a_busy_node_is_not_silent(tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two stages node 0 may hash models for minutes: its heart-beat goes on."""
+    settings = write_settings(tmp_path, READY, stages=["sft", "ppo"], pause=channel.SILENT_SECONDS + 1)
+    nodes = [start_node(settings, 0), start_node(settings, 1)]
+    printed = outputs(*nodes, seconds=30)
+    assert [node.returncode for node in nodes] == [0, 0], printed
