@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf.config.zero import ZeroConfig
+from rlhf.distributed.placing import place
 from rlhf.distributed.runtime import Runtime, reset_library_state
 from rlhf.distributed.training_checkpoints import TrainingCheckpoints, find_checkpoint
 from rlhf.distributed.zero import deepspeed_json
@@ -71,8 +72,6 @@ class TrainingEngine:
 
         # DeepSpeed on CPU works only when Accelerate learns of the ranks before it learns of DeepSpeed.
         PartialState(cpu=runtime.device.type == "cpu")
-        module.to(runtime.device)
-        _broadcast_weights(module, runtime)
         config = deepspeed_json(
             zero,
             precision=runtime.precision,
@@ -81,6 +80,7 @@ class TrainingEngine:
             max_grad_norm=max_grad_norm,
             device_type="cuda" if runtime.device.type == "cuda" else "cpu",
         )
+        place(module, runtime, config)
         if config is None:
             accelerator = Accelerator(mixed_precision="bf16" if runtime.precision == "bf16" else "no")
             wrapped = accelerator.prepare_model(module, evaluation_mode=True)  # precision and device, without DDP
@@ -282,13 +282,6 @@ class TrainingEngine:
     def _checkpoints(self) -> TrainingCheckpoints:
         sharded = self._sharded if self.zero_stage else None
         return TrainingCheckpoints(self.unwrapped, self.optimizer, self.runtime, sharded)
-
-
-def _broadcast_weights(module: nn.Module, runtime: Runtime) -> None:
-    """Overwrites parameters and buffers with rank 0's."""
-    if runtime.world_size > 1:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            torch.distributed.broadcast(tensor.data, src=0)
 
 
 def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

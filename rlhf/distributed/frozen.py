@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.distributed.placing import share_out
+
 if TYPE_CHECKING:
     from rlhf.config.zero import ZeroConfig
     from rlhf.distributed.runtime import Runtime
@@ -31,7 +33,6 @@ class FrozenShards:
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime, zero: ZeroConfig) -> None:
-        import deepspeed
         from accelerate.state import PartialState
 
         # DeepSpeed on CPU works only when Accelerate learns of the ranks before it learns of DeepSpeed.
@@ -43,13 +44,11 @@ class FrozenShards:
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
         self._groups = [list(layer.parameters()) for layer in layers]
         self._outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-        model.to(runtime.device)
-        deepspeed.zero.Init(
-            module=model,
+        share_out(
+            model,
+            runtime,
             remote_device="cpu" if zero.offload_parameters else None,
             pin_memory=zero.offload_parameters and runtime.device.type == "cuda",
-            mem_efficient_linear=False,  # it would replace torch's linear for the whole process
-            dtype=next(model.parameters()).dtype,
         )
         for layer in layers:
             _gather_for_forward(layer)

@@ -232,11 +232,14 @@ class Loaded:
     trained: bool
 
 
-def load_phase(models: list[Loaded], module: Module, setting: Setting, *, frozen: float = 0.0) -> Phase:
+def load_phase(
+    models: list[Loaded], module: Module, setting: Setting, *, frozen: float = 0.0, shared_out: bool = False
+) -> Phase:
     """Loading one model after the other, then placing and sharding the trained module.
 
-    A model is copied out of its mapped file, so that both are in memory for a moment. Every rank places every model
-    whole before anything is sharded; `frozen` is what the frozen ones come to afterwards.
+    A model is copied out of its mapped file, so that both are in memory for a moment. What of a model is on the device
+    before it is sharded its `placed` says; `frozen` is what the frozen ones come to afterwards. `shared_out`: at stage 3
+    the trained module is moved and sharded parameter by parameter.
     """
     held = reading = 0.0
     for model in models:
@@ -247,7 +250,7 @@ def load_phase(models: list[Loaded], module: Module, setting: Setting, *, frozen
     width = setting.trained_width
     whole = sum(model.placed for model in models if model.trained)
     flat = module.whole * width + module.trainable * width if setting.stage in (1, 2) else 0.0
-    sharded = module.whole * width + states.parameters + states.master + standing_gradients(module, setting)
+    sharded = (module.largest if shared_out else module.whole) * width + states.parameters + states.master + standing_gradients(module, setting)
     trained = max(whole, flat, sharded if setting.stage == 3 else 0.0)
     placed = sum(model.placed for model in models if not model.trained)
     moments = {

@@ -319,19 +319,24 @@ def _load_ppo(ppo: _PPO) -> Phase:
     setting, sources = ppo.setting, ppo.sources
     models = []
     runtime = setting.runtime_width
+    # ZeRO-3 places and shares out one parameter at a time: nothing is whole on a device.
+    whole = 0 if setting.stage == 3 else setting.trained_width
+    frozen_whole = 0 if setting.zero.shard_frozen else 1
     if ppo.lora is not None:
         # The engine gets the base in the precision that it computes in.
-        models.append(_loaded(sources.policy, ppo.policy.total, runtime, runtime))
+        models.append(_loaded(sources.policy, ppo.policy.total, runtime, min(whole, runtime)))
     else:
-        models.append(_loaded(sources.policy, ppo.policy.total, 4, 4))
+        models.append(_loaded(sources.policy, ppo.policy.total, 4, whole))
         width = runtime if setting.stage > 0 else 4
-        models.append(_loaded(sources.reference, sources.reference.architecture.total, width, width, trained=False))
+        total = sources.reference.architecture.total
+        models.append(_loaded(sources.reference, total, width, width * frozen_whole, trained=False))
         if ppo.critic is not None and sources.critic is not None:
-            models.append(_loaded(sources.critic, ppo.critic.scalar_total, 4, 4))
+            models.append(_loaded(sources.critic, ppo.critic.scalar_total, 4, whole))
     for source in sources.rewards:
         if ppo.lora is None or not source.adapter:
-            models.append(_loaded(source, source.architecture.scalar_total, runtime, runtime, trained=False))
-    return load_phase(models, ppo.module, setting, frozen=ppo.frozen)
+            total = source.architecture.scalar_total
+            models.append(_loaded(source, total, runtime, runtime * frozen_whole, trained=False))
+    return load_phase(models, ppo.module, setting, frozen=ppo.frozen, shared_out=True)
 
 
 def kv_cache_bytes(architecture: Architecture, rows: int, lengths: Lengths, setting: Setting) -> float:

@@ -154,7 +154,7 @@ def shard_frozen(models: PPOModels, runtime: Runtime, zero: ZeroConfig) -> PPOMo
     reference = models.reference
     if isinstance(reference, FrozenModel):
         reference = ShardedModel(reference.model, shard(reference.model))
-    rewards = shard_rewards(models.rewards, shard)
+    rewards = shard_rewards(models.rewards, shard, runtime.device)
     return replace(models, reference=reference, rewards=rewards, ranks_score_together=True)
 
 
@@ -216,7 +216,8 @@ def _load_reference(context: StageContext) -> PreTrainedModel:
     dtype = runtime.dtype if config.zero.stage > 0 else torch.float32
     reference = load_policy(context.inputs["reference"], config.model, dtype, key="ppo.reference")
     disable_dropout(reference)
-    return place(reference, runtime.device)
+    # What is going to be sharded is not placed whole before.
+    return reference if config.zero.shard_frozen else place(reference, runtime.device)
 
 
 def _load_base(context: StageContext) -> SharedBase:
@@ -235,7 +236,8 @@ def _load_base(context: StageContext) -> SharedBase:
         own_reference=section.reference_refresh_every is not None,
         with_value=section.value_network == "separate",
     )
-    base.to(context.runtime.device)
+    if context.config.zero.stage < 3:  # else the engine shares it out, parameter by parameter
+        base.to(context.runtime.device)
     return base
 
 

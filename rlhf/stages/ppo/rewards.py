@@ -39,9 +39,9 @@ def make_rewards(context: StageContext, tokenizer: PreTrainedTokenizerBase, base
     """The rewards by name; `base` is the one of the policy's adapters, which may carry the run's reward model too."""
     config, runtime = context.config, context.runtime
     run_model = context.inputs.get("reward_model")
-    load_folder = folder_loader(
-        run_model, config.model, dtype=runtime.dtype, device=runtime.device, policy_tokenizer=tokenizer
-    )
+    # What is going to be sharded is not placed whole before.
+    device = torch.device("cpu") if config.zero.shard_frozen else runtime.device
+    load_folder = folder_loader(run_model, config.model, dtype=runtime.dtype, device=device, policy_tokenizer=tokenizer)
 
     def load(path: str | None, key: str) -> LoadedModel:
         if path is None and run_model is not None and base is not None and base.has_role("reward"):
@@ -55,15 +55,20 @@ def make_rewards(context: StageContext, tokenizer: PreTrainedTokenizerBase, base
     )
 
 
-def shard_rewards(rewards: RewardSet, shard: Callable[[torch.nn.Module], FrozenShards]) -> RewardSet:
-    """The same rewards with the reward models sharded, each once. `RewardRole` stays: the trained module has it."""
+def shard_rewards(
+    rewards: RewardSet, shard: Callable[[torch.nn.Module], FrozenShards], device: torch.device
+) -> RewardSet:
+    """The same rewards with the reward models sharded, each once, to be called on `device`.
+
+    `RewardRole` stays: the trained module has it.
+    """
     sharded: dict[int, LearnedReward] = {}
     entries = []
     for entry in rewards.rewards:
         reward = entry.reward
         if isinstance(reward, LearnedReward):
             if id(reward) not in sharded:
-                sharded[id(reward)] = replace(reward, ready=shard(reward.model).ready)
+                sharded[id(reward)] = replace(reward, ready=shard(reward.model).ready, device=device)
             entry = replace(entry, reward=sharded[id(reward)])
         entries.append(entry)
     return RewardSet(tuple(entries))
