@@ -238,8 +238,8 @@ def load_phase(
     """Loading one model after the other, then placing and sharding the trained module.
 
     A model is copied out of its mapped file, so that both are in memory for a moment. What of a model is on the device
-    before it is sharded its `placed` says; `frozen` is what the frozen ones come to afterwards. `shared_out`: at stage 3
-    the trained module is moved and sharded parameter by parameter.
+    before it is sharded its `placed` says; `frozen` is what the frozen ones come to afterwards. `shared_out`: at
+    stage 3 the trained module is moved and sharded parameter by parameter.
     """
     held = reading = 0.0
     for model in models:
@@ -250,7 +250,8 @@ def load_phase(
     width = setting.trained_width
     whole = sum(model.placed for model in models if model.trained)
     flat = module.whole * width + module.trainable * width if setting.stage in (1, 2) else 0.0
-    sharded = (module.largest if shared_out else module.whole) * width + states.parameters + states.master + standing_gradients(module, setting)
+    gathered = module.largest if shared_out else module.whole
+    sharded = gathered * width + states.parameters + states.master + standing_gradients(module, setting)
     trained = max(whole, flat, sharded if setting.stage == 3 else 0.0)
     placed = sum(model.placed for model in models if not model.trained)
     moments = {

@@ -8,8 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +24,7 @@ from rlhf.data.readers import Row, read_rows
 from rlhf.data.splits import BadRow
 from rlhf.errors import ConfigError, DataError, UserError
 from rlhf.records import Comparison, Demonstration, Prompt
+from tests.read_only import as_nobody
 
 NO_SPLIT = SplitConfig(validation=0.0, test=0.0)
 ROWS = [{"prompt": f"say {i}", "response": f" word {i}, é\u2028\n"} for i in range(6)]
@@ -357,31 +357,18 @@ def test_damaged_gzip(tmp_path: Path) -> None:
         load_prompts(config(file))
 
 
-@contextmanager
-def _as_nobody() -> Iterator[None]:
-    """As a user without privileges: the superuser may read every file."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.setresuid(65534, 65534, 0)
-    try:
-        yield
-    finally:
-        os.setresuid(0, 0, 0)
-
-
 def test_permissions() -> None:
     with TemporaryDirectory() as name:  # which others may enter, unlike pytest's
         folder = Path(name)
         folder.chmod(0o755)
         file = write_jsonl(folder / "a.jsonl", ROWS)
-        with _as_nobody():
+        with as_nobody():
             assert load_prompts(config(file)).train
         file.chmod(0)
-        with _as_nobody():
+        with as_nobody():
             assert "may not be read by this user" in refused(DataError, file)
         folder.chmod(0)
-        with _as_nobody():
+        with as_nobody():
             assert "may not be read by this user" in refused(DataError, folder)
         folder.chmod(0o700)
 
