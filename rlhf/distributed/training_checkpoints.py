@@ -154,6 +154,16 @@ def find_checkpoint(parent: Path, runtime: Runtime, zero_stage: int) -> tuple[Pa
     return answer
 
 
+def check_provenance(folder: Path, saved: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Raises `ArtifactError` for a checkpoint of a training with another config, other data or other inputs."""
+    before, now = saved.get("fingerprint"), own.get("fingerprint")
+    if before != now:
+        raise ArtifactError(
+            f"{folder} belongs to another training: its fingerprint is {before}, this one's {now}. A fingerprint is "
+            "the hash of the stage's config, data and inputs; remove the folder, or give another run.dir"
+        )
+
+
 def generator_states(device: torch.device) -> dict[str, Any]:
     """The global random number generators, as plain values and tensors."""
     kind, keys, position, has_gauss, cached = numpy.random.get_state()

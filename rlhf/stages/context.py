@@ -35,6 +35,14 @@ class StageContext:
     runtime: Runtime
     inputs: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a checkpoint belongs to: the hash of config, data and inputs, and the W&B run, as far as there are."""
+        found = {"fingerprint": self.stage.read_fingerprint()}
+        if self.run.wandb_id.exists():
+            found["wandb_run_id"] = self.run.wandb_id.read_text(encoding="utf-8").strip()
+        return {name: value for name, value in found.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class StageOutput:

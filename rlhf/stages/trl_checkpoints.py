@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import transformers.trainer
 
 from rlhf.distributed.checkpoints import checkpoint_folder, prune_checkpoints
-from rlhf.distributed.training_checkpoints import TrainingCheckpoints
+from rlhf.distributed.training_checkpoints import TrainingCheckpoints, check_provenance
 from rlhf.distributed.training_checkpoints import find_checkpoint as find_training_checkpoint
 from rlhf.stages.trl_averages import LogAverages
 
@@ -70,6 +70,7 @@ class TrainerCheckpoints:
         trainer, library = self._trainer, cast(Any, transformers.trainer)
         whole = library.deepspeed_load_checkpoint
         body, _ = TrainingCheckpoints.read(start.path, self._context.runtime)
+        check_provenance(start.path, body["provenance"], self._context.provenance)
         trainer._load_optimizer_and_scheduler = lambda folder: self._load(start.path)
         trainer._load_rng_state = lambda folder: self._training().set_generators(start.path)
         with tempfile.TemporaryDirectory(prefix="rlhf-trainer-") as folder:
@@ -92,6 +93,7 @@ class TrainerCheckpoints:
             "trainer": asdict(trainer.state),
             "scheduler": trainer.lr_scheduler.state_dict(),
             "averages": self._averages.state_dict(),
+            "provenance": self._context.provenance,
         }
         self._training().save(checkpoint_folder(parent, trainer.state.global_step), shared=shared)
         if runtime.is_main:

@@ -56,7 +56,8 @@ class PPOJob:
     """One training.
 
     `open_tracker` gets the number of updates that an earlier attempt has done. `checkpoints=None` neither saves nor
-    resumes. `demonstrations` are needed where `section.ptx_coefficient` is above zero. `message` prints a note.
+    resumes; a checkpoint carries `provenance`. `demonstrations` are needed where `section.ptx_coefficient` is above
+    zero. `notes` are printed before the first update.
     """
 
     section: PPOConfig
@@ -70,3 +71,4 @@ class PPOJob:
     demonstrations: Sequence[EncodedPair] = ()
     callbacks: Sequence[Callback] = ()
     notes: Sequence[str] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from rlhf.config.ppo import PPOConfig
 from rlhf.distributed.checkpoints import checkpoint_folder, prune_checkpoints
 from rlhf.distributed.engine import TrainingEngine
 from rlhf.distributed.stopping import StopPoll, polled
+from rlhf.distributed.training_checkpoints import check_provenance
 from rlhf.errors import Stopped
 from rlhf.ops.adam import TensorFlowAdam
 from rlhf.runs.files import disk_errors
@@ -229,14 +230,16 @@ def _start_or_resume(job: PPOJob, engine: TrainingEngine) -> tuple[TrainingState
         return state, []
     checkpoint, notes = engine.find_checkpoint(job.checkpoints)
     if checkpoint is not None:
-        state.from_checkpoint(engine.load_checkpoint(checkpoint), job.models, is_main=job.runtime.is_main)
+        saved = engine.load_checkpoint(checkpoint)
+        check_provenance(checkpoint, saved["provenance"], job.provenance)
+        state.from_checkpoint(saved, job.models, is_main=job.runtime.is_main)
     return state, notes
 
 
 def _save(job: PPOJob, engine: TrainingEngine, state: TrainingState) -> None:
     if job.checkpoints is None:
         return
-    shared = state.to_checkpoint(job.models)
+    shared = {**state.to_checkpoint(job.models), "provenance": dict(job.provenance)}
     folder = checkpoint_folder(job.checkpoints, state.update)
     with disk_errors(folder):
         engine.save_checkpoint(folder, shared=shared)

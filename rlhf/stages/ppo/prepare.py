@@ -76,6 +76,7 @@ def prepare_job(context: StageContext) -> PPOJob:
         seed=config.seed,
         demonstrations=_load_demonstrations(config, models.tokenizer) if section.ptx_coefficient else (),
         notes=notes,
+        provenance=context.provenance,
     )
 
 
