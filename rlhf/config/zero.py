@@ -31,8 +31,9 @@ _OFFLOAD = {"offload_optimizer": "offload_optimizer", "offload_parameters": "off
 class ZeroConfig(Section):
     """ZeRO stage and offload. Stage 0 trains without DeepSpeed: one process, or plain data parallelism.
 
-    With `config`, a JSON file for DeepSpeed, stage and offload are the file's. `content` is what it holds, so that
-    the frozen config of a run says what it ran with. A value that contradicts the file raises `ValueError`.
+    With `config`, a JSON file for DeepSpeed, stage and offload are the file's. `content` is what it held when the
+    configuration was composed: the frozen config of a run says what it runs with, and does not read the file again. A
+    value that contradicts the file raises `ValueError`.
     """
 
     stage: Literal[0, 1, 2, 3] = Field(0, description="what is sharded: 1 optimiser, 2 + gradients, 3 + parameters")
@@ -55,14 +56,8 @@ class ZeroConfig(Section):
         if not isinstance(values, Mapping):
             return values
         values, path, content = dict(values), values.get("config"), values.get("content") or {}
-        if isinstance(path, str):
-            found = read_deepspeed_file(path)
-            if content and content != found:
-                raise ValueError(
-                    f"config: {path} has changed since this configuration was frozen. Set zero.content={{}} to take "
-                    "the file as it is now, or config=null to keep what was frozen"
-                )
-            values["content"] = content = found
+        if isinstance(path, str) and not content:
+            values["content"] = content = read_deepspeed_file(path)
         if isinstance(content, Mapping) and content:
             values |= _decided(content, values, path if isinstance(path, str) else "zero.content")
         return values

@@ -363,7 +363,7 @@ def test_what_is_kept_on_disk(inputs: dict[str, str], tmp_path: Path) -> None:
         ppo_config(num_updates=5, save_every=1, keep_checkpoints=2, samples_every=2), tmp_path, inputs
     )
     loop.run(context)
-    assert sorted(path.name for path in context.stage.checkpoints.iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in context.stage.checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-5"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert steps == [1, 1, 3, 3, 5, 5]
 

@@ -107,7 +107,8 @@ def train(job: PPOJob) -> Trained:
             stop.stop_if_agreed()
             if _someone_stops(job, view):
                 break
-            if state.update % section.save_every == 0 and state.update < section.num_updates:
+            # Also after the last one: what follows (publishing) may be interrupted too.
+            if state.update % section.save_every == 0 or state.update == section.num_updates:
                 _save(job, engine, state)
                 state.saved_update = state.update
         for callback in job.callbacks:
