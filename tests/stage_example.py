@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,28 @@ def metrics_of(run: Path, stage: str) -> list[dict[str, Any]]:
 def weight_bytes(run: Path, stage: str) -> bytes:
     """The published weights' file."""
     return (run / "stages" / stage / "model" / "model.safetensors").read_bytes()
+
+
+@contextmanager
+def recorded_resumes() -> Iterator[list[str]]:
+    """Names of the checkpoints that trainers go on from in the block: starting over would give the same bytes."""
+    from rlhf.stages.trl_checkpoints import TrainerCheckpoints
+
+    found: list[str] = []
+    whole = TrainerCheckpoints._load
+
+    def load(self: TrainerCheckpoints, folder: Path) -> None:
+        found.append(folder.name)
+        whole(self, folder)
+
+    TrainerCheckpoints._load = load  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        TrainerCheckpoints._load = whole  # type: ignore[method-assign]
+
+
+def require_resumed_from(found: list[str], expected: list[str]) -> None:
+    """Raises `RuntimeError`, which ends a rank, when trainers went on from other checkpoints."""
+    if found != expected:
+        raise RuntimeError(f"expected to go on from {expected}, went on from {found}")

@@ -81,6 +81,25 @@ class ZeroConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _can_be_saved(self) -> ZeroConfig:
+        for source, body in ((self.file, self.content), ("zero.extra", self.extra)):
+            section = body.get("zero_optimization")
+            if not isinstance(section, Mapping):
+                continue
+            for key in _OFFLOAD.values():
+                part = section.get(key)
+                if isinstance(part, Mapping) and part.get("device") == "nvme":
+                    raise ValueError(
+                        f"{source} has zero_optimization.{key}.device=nvme, and a training that is swapped to NVMe "
+                        "cannot be saved: it would be lost with the first interruption. Use cpu, or more ranks"
+                    )
+            if isinstance(section, Mapping) and section.get("mics_shard_size", -1) not in (-1, AUTO):
+                raise ValueError(
+                    f"{source} has zero_optimization.mics_shard_size, which is not supported: leave it out"
+                )
+        return self
+
     @property
     def file(self) -> str:
         """Where `content` comes from, for messages."""

@@ -6,21 +6,27 @@ disk, so a killed run leaves either a whole checkpoint or one that no later run 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from rlhf.errors import ArtifactError
+from rlhf.errors import ArtifactError, UserError
 
 MARKER = "checkpoint.json"
 _FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
+# Files a reader looks for by their kind.
+_INDEXES = ("pieces-*.json", "rank-*.json")
+# Network and user-space file systems that cannot sync a folder.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 class FileEntry(TypedDict):
@@ -28,6 +34,10 @@ class FileEntry(TypedDict):
 
     size: int
     sha256: str
+
+
+class ForeignCheckpointError(UserError):
+    """A checkpoint that another version of this package can read."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class CheckpointShape:
 
 
 def checkpoint_folder(parent: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies; `latest_checkpoint` goes by this name."""
+    """Where the checkpoint after `step` steps lies; readers go by this name."""
     return parent / f"checkpoint-{step}"
 
 
@@ -72,43 +82,51 @@ def commit(folder: Path, shape: CheckpointShape, files: Mapping[str, FileEntry])
     _sync_folder(folder.parent)
 
 
-def verify(folder: Path) -> CheckpointShape:
-    """The shape that wrote the checkpoint. Raises `ArtifactError` when it is missing, cut short or altered."""
-    shape, files = _read_marker(folder)
-    for name, (size, digest) in files.items():
-        path = folder / name
+def file_trouble(folder: Path, name: str, entry: FileEntry) -> str | None:
+    """What is wrong with a file of the checkpoint; None when it is as it was written. The file is read and hashed."""
+    path = folder / name
+    try:
         if not path.is_file():
             trouble = "is missing"
-        elif path.stat().st_size != size:
-            trouble = f"has {path.stat().st_size} bytes instead of {size}"
-        elif hash_file(path) != digest:
+        elif path.stat().st_size != entry["size"]:
+            trouble = f"has {path.stat().st_size} bytes instead of {entry['size']}"
+        elif hash_file(path) != entry["sha256"]:
             trouble = "was altered: its hash differs"
         else:
-            continue
-        raise ArtifactError(f"{folder} is not a whole checkpoint: {name} {trouble}")
-    return shape
+            return None
+    except OSError as error:  # a bad sector, say
+        trouble = f"cannot be read ({error.strerror})"
+    return f"{folder} is not a whole checkpoint: {name} {trouble}"
 
 
-def read_shape(folder: Path) -> CheckpointShape:
-    """Who wrote the checkpoint, by its marker alone. Raises `ArtifactError`."""
-    return _read_marker(folder)[0]
+def read_marker(folder: Path) -> tuple[CheckpointShape, dict[str, FileEntry]]:
+    """Who wrote the checkpoint, and its files by their names in the folder.
 
-
-def _read_marker(folder: Path) -> tuple[CheckpointShape, dict[str, tuple[int, str]]]:
-    """Who wrote the checkpoint, and size and hash of each file. Raises `ArtifactError`."""
+    Raises `ArtifactError` when the marker is missing or damaged, or a file of a kind that is read is not in it, and
+    `ForeignCheckpointError` for another format.
+    """
     try:
         marker = json.loads((folder / MARKER).read_text())
+        digest, version = marker.pop("sha256", None), marker["format"]
+        if version != _FORMAT and digest in (None, _digest(marker)):
+            raise ForeignCheckpointError(
+                f"{folder} was written in format {version} by another version of rlhf, and this one reads format "
+                f"{_FORMAT}. Go on with the version that wrote it, or remove the folder to go on without it."
+            )
         shape = CheckpointShape(**marker["shape"])
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in marker["files"].items()}
-        known, digest = marker["format"] == _FORMAT, marker.pop("sha256", None)
+        files = {
+            str(name): FileEntry(size=int(entry["size"]), sha256=str(entry["sha256"]))
+            for name, entry in marker["files"].items()
+        }
+        unlisted = {path.name for kind in _INDEXES for path in folder.glob(kind)} - files.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{folder} is not a whole checkpoint: its marker {MARKER} cannot be read ({error})"
         ) from error
-    if not known:
-        raise ArtifactError(f"{folder} was written in format {marker['format']}, this version reads format {_FORMAT}")
     if digest != _digest(marker):
         raise ArtifactError(f"{folder} is not a whole checkpoint: its marker {MARKER} was altered: its hash differs")
+    if unlisted:
+        raise ArtifactError(f"{folder} is not a whole checkpoint: {min(unlisted)} is no file of it")
     return shape, files
 
 
@@ -117,48 +135,39 @@ def _digest(body: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _looks_whole(folder: Path) -> bool:
-    """Whether all files are there in their size; what is in them is not read."""
-    try:
-        _, files = _read_marker(folder)
-    except ArtifactError:
-        return False
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size for name, (size, _) in files.items()
-    )
+def checkpoints_in(parent: Path) -> list[Path]:
+    """Folders named like checkpoints, lowest step first. What is in them is not looked at."""
+    if not parent.is_dir():
+        return []
+    numbered = [(int(found.group(1)), path) for path in parent.iterdir() if (found := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
 
-def latest_checkpoint(parent: Path) -> tuple[Path | None, list[str]]:
-    """The whole checkpoint of the highest step, None when there is none, and a note on each broken one passed over.
+def set_aside(folder: Path) -> None:
+    """Gives a damaged checkpoint a name under which nobody takes it for one, or keeps it instead of a whole one.
 
-    Every file is read and hashed: on several ranks let rank 0 call it and broadcast the answer.
+    The next `prune_checkpoints` removes it. Where that cannot be done, it stays.
     """
-    notes = []
-    for folder in reversed(_checkpoints(parent)):
-        try:
-            verify(folder)
-        except ArtifactError as error:
-            notes.append(f"passed over a damaged checkpoint: {error}")
-        else:
-            return folder, notes
-    return None, notes
+    with suppress(OSError):
+        aside = folder.with_name(folder.name + ".damaged")
+        _delete(aside)
+        folder.rename(aside)
 
 
 def prune_checkpoints(parent: Path, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints, and what an unfinished save left. For one rank to call.
+    """Removes all but the `keep` newest checkpoints, and what unfinished saves and damage left. For one rank to call.
 
-    Ones that are known to be damaged (their marker or a file is missing, or has another size) go first.
+    What cannot be removed (a network file system keeps files that are open) is left for the next time: that is no
+    reason to end a training.
     """
-    whole = []
-    for folder in _checkpoints(parent):
-        if _looks_whole(folder):
-            whole.append(folder)
-        else:
+    for folder in checkpoints_in(parent)[:-keep]:
+        with suppress(OSError):
             _remove(folder)
-    for folder in whole[:-keep]:
-        _remove(folder)
-    for left_over in [*parent.glob("checkpoint-*.partial"), *parent.glob("checkpoint-*.removed")]:
-        shutil.rmtree(left_over)
+    for left_over in [
+        path for kind in ("partial", "removed", "damaged") for path in parent.glob(f"checkpoint-*.{kind}")
+    ]:
+        with suppress(OSError):
+            _delete(left_over)
 
 
 def hash_and_sync(path: Path) -> FileEntry:
@@ -175,26 +184,28 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checkpoints(parent: Path) -> list[Path]:
-    """Folders named like checkpoints, lowest step first."""
-    if not parent.is_dir():
-        return []
-    numbered = [(int(found.group(1)), path) for path in parent.iterdir() if (found := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered)]
-
-
 def _remove(folder: Path) -> None:
     """Renames first, so that a checkpoint that is half removed is not taken for one."""
     aside = folder.with_name(folder.name + ".removed")
-    if aside.exists():
-        shutil.rmtree(aside)
+    _delete(aside)
     folder.rename(aside)
-    shutil.rmtree(aside)
+    _delete(aside)
+
+
+def _delete(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise

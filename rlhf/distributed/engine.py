@@ -259,15 +259,16 @@ class TrainingEngine:
         }
         self._checkpoints.save(folder, shared=body, own=extra, frozen_changed=self._frozen_changed)
 
-    def load_checkpoint(self, folder: Path) -> dict[str, Any]:
+    def load_checkpoint(self, folder: Path, *, verified: bool = False) -> dict[str, Any]:
         """Restores what `save_checkpoint` wrote and returns `shared` with this rank's `extra` on top of it.
 
         Every rank must call it. The checkpoint may be of another number of ranks or another ZeRO stage: the training
-        then goes on as it would have but for rounding, if its global batches stay what they were.
+        then goes on as it would have but for rounding, if its global batches stay what they were. `verified`: the
+        folder comes from `find_checkpoint`, which has read and hashed it.
 
         Raises `ArtifactError`, on all ranks, when the folder is not whole or belongs to another training.
         """
-        body, extra = self._checkpoints.load(folder)
+        body, extra = self._checkpoints.load(folder, verified=verified)
         self._checkpoints.set_generators(folder)
         self.scheduler.load_state_dict(body["scheduler"])
         self._frozen_changed = body["frozen_changed"]

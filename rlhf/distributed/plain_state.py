@@ -40,7 +40,8 @@ def read_state(folder: Path, name: str) -> dict[str, Any]:
         path = folder / f"{name}.safetensors"
         if path.exists():
             with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+                # Copies: what is read stays a part of the file, which a network file system then cannot remove.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - it is no dict
         state: dict[str, Any] = _with_tensors(body, tensors)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"the state {folder / name}.json cannot be read: {error}") from error

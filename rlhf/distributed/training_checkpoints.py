@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 from collections.abc import Mapping
@@ -10,17 +11,21 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 
 from rlhf.distributed.checkpoints import (
     CheckpointShape,
+    FileEntry,
+    ForeignCheckpointError,
+    checkpoints_in,
     commit,
+    file_trouble,
     hash_and_sync,
-    latest_checkpoint,
     partial_folder,
-    read_shape,
-    verify,
+    read_marker,
+    set_aside,
 )
 from rlhf.distributed.pieces import TrainingPieces, training_pieces
 from rlhf.distributed.plain_state import read_state, write_state
@@ -68,38 +73,46 @@ class TrainingCheckpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         runtime.barrier()
+        pieces = self._pieces()
+        head = {
+            "frozen": None if frozen_changed else self._frozen_checksum(pieces),
+            "learning_rates": [float(group["lr"]) for group in pieces.optimizer.param_groups],
+            "shared": dict(shared),
+        }
+        entries: dict[str, FileEntry] = {}
+        failure: Exception | None = None
         try:
-            pieces = self._pieces()
             write_training(partial, pieces, runtime.rank, with_frozen=frozen_changed)
             rank_name = f"rank-{runtime.rank:05d}"
             write_state(partial, rank_name, {"generators": generator_states(runtime.device), "own": dict(own or {})})
-            checksum = self._frozen_checksum(pieces)
             if runtime.is_main:
-                head = {
-                    "frozen": None if frozen_changed else checksum,
-                    "learning_rates": [float(group["lr"]) for group in pieces.optimizer.param_groups],
-                    "shared": dict(shared),
-                }
                 write_state(partial, _SHARED, head)
-            mine = [
-                *partial.glob(f"*-{runtime.rank:05d}.*"),
-                *(partial.glob(f"{_SHARED}.*") if runtime.is_main else []),
-            ]
-            entries = runtime.gather_objects({path.name: hash_and_sync(path) for path in mine})
+            mine = list(partial.glob(f"*-{runtime.rank:05d}.*"))
+            mine += partial.glob(f"{_SHARED}.*") if runtime.is_main else []
+            entries = {path.name: hash_and_sync(path) for path in mine}
+        except (OSError, SafetensorError) as error:
+            failure = error  # the others are still writing, and hear of it below
+        written = runtime.gather_objects((entries, None if failure is None else str(failure)))
+        failed = [(rank, text) for rank, (_, text) in enumerate(written) if text is not None]
+        if failed:
             if runtime.is_main:
-                commit(folder, self.shape, {name: entry for part in entries for name, entry in part.items()})
-        except Exception:
-            # The other ranks, waiting for this one, end with it. What was written takes room that may be lacking.
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+                shutil.rmtree(partial, ignore_errors=True)  # it takes room that may be lacking
+            raise failure or OSError(
+                errno.EIO, f"rank {failed[0][0]} could not write its part of {folder}: {failed[0][1]}"
+            )
+        if runtime.is_main:
+            commit(folder, self.shape, {name: entry for part, _ in written for name, entry in part.items()})
         runtime.barrier()
 
-    def load(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    def load(self, folder: Path, *, verified: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
         """Takes back what `save` wrote and returns `shared` and `own`. Every rank calls it.
 
-        The generators are for the caller to set (`set_generators`), when nothing is drawn any more before training.
-        Raises `ArtifactError`, on all ranks, when the folder is not whole or belongs to another training.
+        `verified`: `find_checkpoint` gave the folder, so it has been read and hashed. The generators are for the caller
+        to set (`set_generators`), when nothing is drawn any more before training. Raises `ArtifactError`, on all ranks,
+        when the folder is not whole or belongs to another training.
         """
+        if not verified and (trouble := _trouble(folder, self._runtime)) is not None:
+            raise ArtifactError(trouble)
         shared, own = self.read(folder, self._runtime)
         head = read_state(folder, _SHARED)
         pieces = self._pieces()
@@ -112,13 +125,7 @@ class TrainingCheckpoints:
 
     @staticmethod
     def read(folder: Path, runtime: Runtime) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`shared` and `own` alone. Every rank calls it.
-
-        Raises `ArtifactError`, on all ranks, when the folder is not whole.
-        """
-        trouble = runtime.broadcast_object(_why_not_whole(folder) if runtime.is_main else None)
-        if trouble is not None:
-            raise ArtifactError(trouble)
+        """`shared` and this rank's `own` alone, of a folder that is known to be whole."""
         return read_state(folder, _SHARED)["shared"], _rank_state(folder, runtime)["own"]
 
     def set_generators(self, folder: Path) -> None:
@@ -146,12 +153,58 @@ class TrainingCheckpoints:
 def find_checkpoint(parent: Path, runtime: Runtime, zero_stage: int) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in `parent`, and notes for the user. Every rank calls it, all get the same.
 
-    A note names a damaged checkpoint that was passed over, and says when another shape wrote the one that is taken.
+    A note names a damaged checkpoint that was passed over, and says when another shape wrote the one that is taken. A
+    damaged one is set aside, so that it is not kept in the place of a whole one. The ranks share the reading and
+    hashing. Raises `ForeignCheckpointError` for one of another version.
     """
     shape = CheckpointShape(runtime.world_size, zero_stage, runtime.precision)
-    answer = runtime.broadcast_object(_search(parent, shape) if runtime.is_main else None)
-    assert answer is not None
-    return answer
+    notes: list[str] = []
+    for folder in runtime.broadcast_object(list(reversed(checkpoints_in(parent))) if runtime.is_main else []):
+        trouble = _trouble(folder, runtime)
+        if trouble is None:
+            return folder, notes + _notes(folder, shape, passed_over=bool(notes), runtime=runtime)
+        notes.append(f"passed over a damaged checkpoint: {trouble}")
+        if runtime.is_main:
+            set_aside(folder)
+    return None, [*notes, *(["no whole checkpoint is left: the training starts over"] if notes else [])]
+
+
+def _notes(folder: Path, shape: CheckpointShape, *, passed_over: bool, runtime: Runtime) -> list[str]:
+    notes = [f"the training goes on from {folder.name}"] if passed_over else []
+    writer = runtime.broadcast_object(read_marker(folder)[0] if runtime.is_main else shape)
+    if writer != shape:
+        notes.append(
+            f"{folder.name} was written by {writer.describe()}; this run is {shape.describe()}: it goes on as that one "
+            "would have, but for rounding"
+        )
+    return notes
+
+
+def _trouble(folder: Path, runtime: Runtime) -> str | None:
+    """Why a checkpoint cannot be taken; None when all of it is as it was written. The same on every rank, all call it.
+
+    Each rank hashes its share of the files, and all hear of each other after every file, so that no collective
+    operation waits for longer than a file takes.
+    """
+    head: tuple[dict[str, FileEntry], UserError | None] = ({}, None)
+    if runtime.is_main:
+        try:
+            head = read_marker(folder)[1], None
+        except UserError as error:
+            head = {}, error
+    files, wrong = runtime.broadcast_object(head)
+    if isinstance(wrong, ForeignCheckpointError):
+        raise wrong
+    if wrong is not None:
+        return str(wrong)
+    names = sorted(files)
+    for begin in range(0, len(names), runtime.world_size):
+        own = names[begin : begin + runtime.world_size][runtime.rank : runtime.rank + 1]
+        found = [file_trouble(folder, name, files[name]) for name in own]
+        for trouble in [trouble for rank in runtime.gather_objects(found) for trouble in rank]:
+            if trouble is not None:
+                return trouble
+    return None
 
 
 def check_provenance(folder: Path, saved: Mapping[str, str], own: Mapping[str, str]) -> None:
@@ -189,29 +242,6 @@ def set_generator_states(states: Mapping[str, Any], device: torch.device) -> Non
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def _search(parent: Path, shape: CheckpointShape) -> tuple[Path | None, list[str]]:
-    folder, notes = latest_checkpoint(parent)
-    if folder is None:
-        return None, [*notes, *(["no whole checkpoint is left: the training starts over"] if notes else [])]
-    if notes:
-        notes.append(f"the training goes on from {folder.name}")
-    writer = read_shape(folder)
-    if writer != shape:
-        notes.append(
-            f"{folder.name} was written by {writer.describe()}; this run is {shape.describe()}: it goes on as that one "
-            "would have, but for rounding"
-        )
-    return folder, notes
-
-
 def _rank_state(folder: Path, runtime: Runtime) -> dict[str, Any]:
     num_writers = len(list(folder.glob("rank-*.json")))
     return read_state(folder, f"rank-{runtime.rank % num_writers:05d}")
-
-
-def _why_not_whole(folder: Path) -> str | None:
-    try:
-        verify(folder)
-    except UserError as error:
-        return str(error)
-    return None

@@ -213,7 +213,7 @@ class _TrackingCallback(TrainerCallback):
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._clock, self._step = time.monotonic(), state.global_step
         if self.checkpoints is not None:
-            self.checkpoints.restore_averages()
+            self._num_tokens = self.checkpoints.restore_averages()
         # Preparing the model may have taken long; nothing is trained yet that a checkpoint could keep.
         number = self.stop.agreed()
         if number is not None:
@@ -333,8 +333,8 @@ class Training:
         runtime, place = self.context.runtime, self.context.stage.checkpoints
         with (
             _silence(),
-            disk_errors(place),
             self._checkpoints.resuming(checkpoint) as start,
+            disk_errors(place),
             polled(runtime) as self._callback.stop,
         ):
             self.trainer.train(resume_from_checkpoint=start)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,6 +59,7 @@ class TrainerCheckpoints:
         self._parts: TrainingCheckpoints | None = None
         self._loaded: dict[str, Any] | None = None
         trainer._save_checkpoint = lambda model, trial: self._save()
+        trainer.create_optimizer = partial(_without_empty_groups, trainer.create_optimizer)
         for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler"):
             setattr(trainer, name, _nothing)
 
@@ -74,7 +76,9 @@ class TrainerCheckpoints:
         trainer._load_optimizer_and_scheduler = lambda folder: self._load(start.path)
         trainer._load_rng_state = lambda folder: self._training().set_generators(start.path)
         with tempfile.TemporaryDirectory(prefix="rlhf-trainer-") as folder:
-            (Path(folder) / _TRAINER_STATE).write_text(json.dumps(body["trainer"]), encoding="utf-8")
+            # How often it logs and saves is this run's affair.
+            steps = {name: getattr(trainer.args, name) for name in ("save_steps", "logging_steps")}
+            (Path(folder) / _TRAINER_STATE).write_text(json.dumps({**body["trainer"], **steps}), encoding="utf-8")
             # A function of the module and no method; it would look for DeepSpeed's own files.
             library.deepspeed_load_checkpoint = _nothing
             try:
@@ -82,10 +86,12 @@ class TrainerCheckpoints:
             finally:
                 library.deepspeed_load_checkpoint = whole
 
-    def restore_averages(self) -> None:
-        """To be called when training begins, after the trainer has reset its sums."""
-        if self._loaded is not None:
-            self._averages.load_state_dict(self._loaded["averages"])
+    def restore_averages(self) -> float:
+        """To be called when training begins, after the trainer has reset its sums. How many tokens were trained on."""
+        if self._loaded is None:
+            return 0.0
+        self._averages.load_state_dict(self._loaded["averages"])
+        return float(self._loaded["averages"]["num_tokens"])
 
     def _save(self) -> None:
         trainer, runtime, parent = self._trainer, self._context.runtime, self._context.stage.checkpoints
@@ -100,7 +106,7 @@ class TrainerCheckpoints:
             prune_checkpoints(parent, self._keep)
 
     def _load(self, folder: Path) -> None:
-        self._loaded, _ = self._training().load(folder)
+        self._loaded, _ = self._training().load(folder, verified=True)
         self._trainer.lr_scheduler.load_state_dict(self._loaded["scheduler"])
 
     def _training(self) -> TrainingCheckpoints:
@@ -112,6 +118,13 @@ class TrainerCheckpoints:
             optimizer = getattr(optimizer, "optimizer", optimizer)
             self._parts = TrainingCheckpoints(trainer.model, optimizer, self._context.runtime, sharded)
         return self._parts
+
+
+def _without_empty_groups(create: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """With adapters the trainer's group without weight decay is empty, and DeepSpeed drops it: so none has it."""
+    optimizer = create(*arguments, **keywords)
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
 
 
 def _nothing(*arguments: object, **keywords: object) -> None:

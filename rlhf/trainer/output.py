@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config.ppo import BOOKKEEPING, PPOConfig
 from rlhf.config.tracking import TrackingConfig
-from rlhf.distributed.checkpoints import latest_checkpoint
+from rlhf.distributed.checkpoints import checkpoints_in
 from rlhf.errors import ConfigError
 from rlhf.runs.console import StageProgress
 from rlhf.runs.files import clean_partial, disk_errors, fingerprint, write_json
@@ -110,7 +110,7 @@ class Output:
 
     def _trouble(self, folder: Path, settings: Mapping[str, Any], resume: bool) -> str | None:
         numbers = RunFolder(folder).metrics
-        if latest_checkpoint(folder / "checkpoints")[0] is None and not (numbers.exists() and numbers.stat().st_size):
+        if not checkpoints_in(folder / "checkpoints") and not (numbers.exists() and numbers.stat().st_size):
             return None
         if not resume:
             return (

@@ -26,7 +26,7 @@ from rlhf.stages import reward_model, sft, trl_adapter
 from rlhf.worker import leave
 from tests.adapter_example import LORA, fixed_batch
 from tests.distributed.trl_worker import CASES, Killed, _KillingCallback
-from tests.stage_example import make_context, tiny_config
+from tests.stage_example import make_context, recorded_resumes, require_resumed_from, tiny_config
 
 # Also the head, whose adapter the roles that give numbers do not have.
 HEAD_TOO = LORA.model_copy(update={"output_head": True})
@@ -73,7 +73,9 @@ def run_stages(config: RLHFConfig, folder: Path, run: Path, *, killed: bool) -> 
             finally:
                 trl_adapter._TrackingCallback = whole  # type: ignore[misc]
         runtime = Runtime.start(config.distributed, config.zero, config.seed)
-        module.run(make_context(config, run, stage, inputs_of(folder, stage), runtime))
+        with recorded_resumes() as found:
+            module.run(make_context(config, run, stage, inputs_of(folder, stage), runtime))
+        require_resumed_from(found, ["checkpoint-4"] if killed else [])
         runtime.barrier()
 
 

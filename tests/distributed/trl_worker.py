@@ -14,7 +14,7 @@ from rlhf.config import RLHFConfig
 from rlhf.distributed.runtime import Runtime
 from rlhf.stages import reward_model, sft, trl_adapter
 from rlhf.worker import leave
-from tests.stage_example import make_context, tiny_config
+from tests.stage_example import make_context, recorded_resumes, require_resumed_from, tiny_config
 
 # Not the default, under which every tensor of so small a model would stay whole at stage 3.
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -72,7 +72,9 @@ def run_killed(config: RLHFConfig, folder: Path, run: Path) -> None:
             raise RuntimeError("nothing killed the stage")
         finally:
             trl_adapter._TrackingCallback = whole  # type: ignore[misc]
-    run_stages(config, folder, run)
+    with recorded_resumes() as found:
+        run_stages(config, folder, run)
+    require_resumed_from(found, ["checkpoint-4", "checkpoint-4"])
 
 
 def main(folder: Path) -> None:

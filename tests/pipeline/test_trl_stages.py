@@ -27,6 +27,7 @@ from tests.stage_example import (
     SPLIT_SIZES,
     make_context,
     metrics_of,
+    recorded_resumes,
     tiny_config,
     weight_bytes,
     write_comparisons,
@@ -265,11 +266,12 @@ def _kill_after_training(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trl_adapter.Training, "close", close)
 
 
-KILLS = {
-    "before_any_checkpoint": _kill_at_step(2),
-    "between_checkpoints": _kill_at_step(7),
-    "while_saving": _kill_while_saving(8),
-    "after_training": _kill_after_training,
+# The kill, and what the next attempt goes on from.
+KILLS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], list[str]]] = {
+    "before_any_checkpoint": (_kill_at_step(2), []),
+    "between_checkpoints": (_kill_at_step(7), ["checkpoint-4"]),
+    "while_saving": (_kill_while_saving(8), ["checkpoint-4"]),
+    "after_training": (_kill_after_training, ["checkpoint-10"]),
 }
 
 
@@ -296,7 +298,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
 
 
 @BOTH
-@pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS.keys())
+@pytest.mark.parametrize(("kill", "resumed"), KILLS.values(), ids=KILLS.keys())
 def test_a_killed_stage_goes_on_to_the_same_bytes(
     files: Path,
     base: Path,
@@ -305,13 +307,16 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     module: ModuleType,
     kill: Callable[[pytest.MonkeyPatch], None],
+    resumed: list[str],
 ) -> None:
     stage = _stage(module)
     with monkeypatch.context() as patch:
         kill(patch)
         with pytest.raises(Killed):
             _run(module, tiny_config(files), tmp_path, files, base)
-    output = _run(module, tiny_config(files), tmp_path, files, base)
+    with recorded_resumes() as found:
+        output = _run(module, tiny_config(files), tmp_path, files, base)
+    assert found == resumed
     assert output.outputs == ["model"]
     assert weight_bytes(tmp_path, stage) == weight_bytes(undisturbed, stage)
     assert metrics_of(tmp_path, stage) == metrics_of(undisturbed, stage)

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
 
+from rlhf.distributed import checkpoints
 from rlhf.distributed.checkpoints import (
     MARKER,
     CheckpointShape,
+    ForeignCheckpointError,
     checkpoint_folder,
+    checkpoints_in,
     commit,
     hash_and_sync,
-    latest_checkpoint,
     partial_folder,
     prune_checkpoints,
-    verify,
+    read_marker,
 )
-from rlhf.errors import ArtifactError
+from rlhf.distributed.runtime import Runtime
+from rlhf.distributed.training_checkpoints import find_checkpoint
 
+RUNTIME = Runtime(0, 1, 0, torch.device("cpu"), "fp32")
 SHAPE = CheckpointShape(world_size=2, zero_stage=3, precision="fp32")
+
+
+def find(parent: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint and what is said about others; the shape is another one's affair."""
+    found, notes = find_checkpoint(parent, RUNTIME, SHAPE.zero_stage)
+    return found, [note for note in notes if "was written by" not in note]
 
 
 def write(parent: Path, step: int, content: str = "weights") -> Path:
@@ -34,7 +49,8 @@ def write(parent: Path, step: int, content: str = "weights") -> Path:
 
 def test_a_committed_checkpoint_is_whole(tmp_path: Path) -> None:
     folder = write(tmp_path, 10)
-    assert verify(folder) == SHAPE
+    assert read_marker(folder)[0] == SHAPE
+    assert find(tmp_path) == (folder, [])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
     assert SHAPE.describe() == "2 ranks, zero.stage=3, fp32"
 
@@ -43,7 +59,8 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     write(tmp_path, 10, "old")
     folder = write(tmp_path, 10, "new")
     assert (folder / "weights-00000.safetensors").read_text() == "new"
-    assert verify(folder) == SHAPE
+    assert read_marker(folder)[0] == SHAPE
+    assert find(tmp_path) == (folder, [])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
 
 
@@ -77,28 +94,66 @@ def damage(folder: Path, kind: str) -> None:
         ("torn marker", "cannot be read"),
         ("strange marker", "cannot be read"),
         ("altered marker", "its marker checkpoint.json was altered"),
-        ("format", "format 9"),
+        ("format", "its marker checkpoint.json was altered"),
     ],
 )
-def test_a_broken_checkpoint_is_named_and_passed_over(tmp_path: Path, kind: str, message: str) -> None:
+def test_a_broken_checkpoint_is_named_passed_over_and_set_aside(tmp_path: Path, kind: str, message: str) -> None:
     whole, broken = write(tmp_path, 9), write(tmp_path, 10)
     damage(broken, kind)
-    with pytest.raises(ArtifactError, match=message):
-        verify(broken)
-    found, notes = latest_checkpoint(tmp_path)
+    found, notes = find(tmp_path)
     assert found == whole
-    assert len(notes) == 1
     assert "checkpoint-10" in notes[0]
     assert message in notes[0]
+    assert notes[1:] == ["the training goes on from checkpoint-9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10.damaged", "checkpoint-9"]
+    # What comes after it is kept in its place, and the first save removes it.
+    write(tmp_path, 11)
+    prune_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-11"]
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = write(tmp_path, 9), write(tmp_path, 10)
+    real = checkpoints.hash_file
+
+    def hash_file(path: Path) -> str:
+        if "checkpoint-10" in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "hash_file", hash_file)
+    found, notes = find(tmp_path)
+    assert found == whole
+    assert "cannot be read (Input/output error)" in notes[0]
+
+
+def test_an_index_that_the_marker_does_not_know_is_damage(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    (tmp_path / "checkpoint-10" / "pieces-00001.json").write_text("{}")
+    found, notes = find(tmp_path)
+    assert found is None
+    assert "pieces-00001.json is no file of it" in notes[0]
+    assert notes[1] == "no whole checkpoint is left: the training starts over"
+
+
+def test_one_of_another_version_is_neither_used_nor_removed(tmp_path: Path) -> None:
+    folder = write(tmp_path, 10)
+    marker = json.loads((folder / MARKER).read_text())
+    del marker["sha256"]
+    (folder / MARKER).write_text(json.dumps({**marker, "format": 1}))
+    with pytest.raises(ForeignCheckpointError, match=r"written in format 1 by another version of rlhf.*reads format 2"):
+        find(tmp_path)
+    assert (folder / MARKER).exists()
 
 
 def test_latest_goes_by_number_and_ignores_what_is_no_checkpoint(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path / "nowhere") == (None, [])
-    assert latest_checkpoint(tmp_path) == (None, [])
+    assert find(tmp_path / "nowhere") == (None, [])
+    assert find(tmp_path) == (None, [])
     newest = [write(tmp_path, step) for step in (10, 100, 20)][1]
     partial_folder(checkpoint_folder(tmp_path, 200)).mkdir()
     (tmp_path / "model").mkdir()
-    assert latest_checkpoint(tmp_path) == (newest, [])
+    assert find(tmp_path) == (newest, [])
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-10", "checkpoint-20", "checkpoint-100"]
 
 
 def test_pruning_keeps_the_newest_and_sweeps_up(tmp_path: Path) -> None:
@@ -112,10 +167,31 @@ def test_pruning_keeps_the_newest_and_sweeps_up(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_damaged_checkpoint_does_not_count_as_one_of_those_to_keep(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
+def test_what_cannot_be_removed_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
         write(tmp_path, step)
-    damage(checkpoint_folder(tmp_path, 3), "short")
-    damage(checkpoint_folder(tmp_path, 4), "missing")
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "checkpoint-1").rename(elsewhere)
+    (tmp_path / "checkpoint-1").symlink_to(elsewhere)
     prune_checkpoints(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert not (tmp_path / "checkpoint-1").exists()
+    assert elsewhere.is_dir()
+
+    def rmtree(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr("shutil.rmtree", rmtree)
+    prune_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-3"]
+
+
+def test_a_file_system_that_syncs_no_folders_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    assert find(write(tmp_path, 3).parent) == (tmp_path / "checkpoint-3", [])

@@ -163,5 +163,8 @@ def test_saving_and_finding_by_one_process(tmp_path: Path) -> None:
     assert "checkpoint-2 is not a whole checkpoint: weights-00000.safetensors is missing" in notes[0]
     assert notes[1] == "the training goes on from checkpoint-1"
     assert checkpoints.load(found) == ({"step": 1}, {"rank": 0})
-    with pytest.raises(ArtifactError, match=r"weights-00000\.safetensors is missing"):
-        checkpoints.load(tmp_path / "checkpoint-2")
+    content = bytearray((found / "exp_avg-00000.safetensors").read_bytes())
+    content[-1] ^= 1
+    (found / "exp_avg-00000.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"exp_avg-00000\.safetensors was altered"):
+        checkpoints.load(found)

@@ -231,7 +231,7 @@ def _start_or_resume(job: PPOJob, engine: TrainingEngine) -> tuple[TrainingState
         return state, []
     checkpoint, notes = engine.find_checkpoint(job.checkpoints)
     if checkpoint is not None:
-        saved = engine.load_checkpoint(checkpoint)
+        saved = engine.load_checkpoint(checkpoint, verified=True)
         check_provenance(checkpoint, saved["provenance"], job.provenance)
         state.from_checkpoint(saved, job.models, is_main=job.runtime.is_main)
     return state, notes
