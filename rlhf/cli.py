@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -11,7 +10,7 @@ from typing import NoReturn
 import rlhf
 from rlhf.distributed import stopping
 from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, EXIT_USAGE, ConfigError, UserError
-from rlhf.worker import explain
+from rlhf.terminal import flush_all
 
 # Verbs that run one stage: `rlhf reward-model ...` is `rlhf run ... stages=[reward_model]`.
 STAGE_VERBS = {
@@ -59,7 +58,10 @@ Exit codes: 0 success, 2 wrong usage or config, 130 Ctrl-C, 143 SIGTERM, 137 a r
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the `rlhf` command."""
-    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+    code = _main(list(sys.argv[1:] if arguments is None else arguments))
+    # The end of Python would do it with an exit code of its own where nobody reads any more.
+    flush_all()
+    sys.exit(code)
 
 
 def _main(arguments: list[str]) -> int:
@@ -76,24 +78,29 @@ def _main(arguments: list[str]) -> int:
         print(usage())
         return EXIT_SUCCESS
     try:
-        return _dispatch(verb, rest, debug)
+        code = _dispatch(verb, rest, debug)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a disk that is full is known by now
+        return code
     except BrokenPipeError:
-        # Whoever read our output (`head`, say) has enough of it; Python would complain once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
-    except (UserError, KeyboardInterrupt, OSError) as error:
+        return EXIT_FAILURE  # whoever read our output (`head`, say) has enough of it
+    except KeyboardInterrupt as error:
+        return stopping.explain_stop(error)
+    except (UserError, OSError) as error:
+        from rlhf.worker import explain
+
         return explain(error, None, debug)
 
 
 def _dispatch(verb: str, arguments: list[str], debug: bool) -> int:
+    # For what the launcher does not see: the imports, composing the config, hashing data, writing the report.
+    stopping.install()
     if verb not in VERBS:
         near = difflib.get_close_matches(verb.replace("_", "-"), VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown verb {verb!r}{hint} (rlhf --help lists them: {', '.join(VERBS)})")
     from rlhf.config.compose import load_config, render_sources
 
-    # What the launcher does not see: composing the config, hashing data, writing the report.
-    stopping.install()
     if verb == "doctor":
         from rlhf.doctor import run_doctor
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from rlhf.runs.files import write_text
 
 SCRIPT = "job.sbatch"
 _OWN_ARGUMENT = re.compile(r"(--)?launcher[.=]")
+# One core for a rank's own thread and some for what feeds it; many clusters give a task a single one unless asked.
+_CORES_PER_PROCESS = 4
+_CORES_OPTION = re.compile(r"(-c|--cpus-per-(task|gpu))\b")
+# What remains of `launcher.signal_seconds` for the supervisors to notice and to end after the ranks.
+_SUPERVISOR_SECONDS = 20
 
 
 def write_job(config: RLHFConfig, run_folder: Path, command: Sequence[str]) -> int:
@@ -48,8 +54,9 @@ def job_script(config: RLHFConfig, run_folder: Path, command: Sequence[str], wor
     launcher, distributed = config.launcher, config.distributed
     arguments = [argument for argument in command[1:] if not _OWN_ARGUMENT.match(argument)]
     step = ["srun", f"--nodes={distributed.num_nodes}", f"--ntasks={distributed.num_nodes}", "--ntasks-per-node=1"]
-    if launcher.cpus_per_task is not None:
-        step.append(f"--cpus-per-task={launcher.cpus_per_task}")  # srun has not inherited it since Slurm 22.05
+    cores = _cores(config)
+    if cores is not None:
+        step.append(f"--cpus-per-task={cores}")  # srun has not inherited it since Slurm 22.05
     # A supervisor ends its node's ranks and says so before it fails; one that could not even start must not leave the
     # others waiting.
     step += ["--kill-on-bad-exit=1", "--export=ALL", launcher.python or sys.executable, "-m", "rlhf"]
@@ -61,9 +68,27 @@ def job_script(config: RLHFConfig, run_folder: Path, command: Sequence[str], wor
         "# The same script, submitted again, goes on where the job ended.",
         f"cd {shlex.quote(str(working_folder))} || exit 2",
         *launcher.setup,
-        f"exec {shlex.join([*step, *arguments, 'launcher.type=local'])}",
+        f"exec {shlex.join([*step, *arguments, *_in_the_job(config)])}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _in_the_job(config: RLHFConfig) -> Iterator[str]:
+    """What the command is given besides: Slurm's warning comes early enough for a checkpoint, so that may take long."""
+    yield "launcher.type=local"
+    stop_seconds = config.launcher.signal_seconds - _SUPERVISOR_SECONDS
+    if stop_seconds > config.distributed.stop_seconds:
+        yield f"distributed.stop_seconds={stop_seconds}"
+
+
+def _cores(config: RLHFConfig) -> int | None:
+    """CPU cores of a node to ask for; None when `launcher.extra` asks for them."""
+    launcher, distributed = config.launcher, config.distributed
+    if launcher.cpus_per_task is not None:
+        return launcher.cpus_per_task
+    if any(_CORES_OPTION.match(option) for option in launcher.extra):
+        return None
+    return distributed.num_processes * (distributed.num_threads or _CORES_PER_PROCESS)
 
 
 def _options(config: RLHFConfig, run_folder: Path) -> Iterator[str]:
@@ -77,7 +102,7 @@ def _options(config: RLHFConfig, run_folder: Path) -> Iterator[str]:
     if gpus:
         yield _option("gpus-per-node", gpus)
     named = {
-        "cpus-per-task": launcher.cpus_per_task,
+        "cpus-per-task": _cores(config),
         "mem": launcher.memory,
         "partition": launcher.partition,
         "account": launcher.account,
@@ -95,8 +120,16 @@ def _options(config: RLHFConfig, run_folder: Path) -> Iterator[str]:
 
 
 def _option(name: str, value: object) -> str:
-    """`--name=value` as sbatch reads it from a script: a backslash escapes within quotes and without."""
+    """`--name=value` as sbatch reads it from a script: a backslash escapes within quotes and without.
+
+    Raises `ConfigError` for control characters: after a line break in it the rest would be a line of the script.
+    """
     text = str(value)
+    if any(unicodedata.category(character) == "Cc" for character in text):
+        raise ConfigError(
+            f"launcher=slurm cannot write --{name}={text!r} into a batch script: it has a line break or another "
+            "control character. Choose run.dir, run.root and experiment without."
+        )
     if re.fullmatch(r"[\w.,:/@%+=-]+", text, re.ASCII):
         return f"--{name}={text}"
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')

@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -24,7 +25,8 @@ from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
 from rlhf.distributed.follower import follow
 from rlhf.distributed.launch import launch
 from rlhf.distributed.leader import Leader
-from rlhf.distributed.nodes import NodePlace, place_of
+from rlhf.distributed.nodes import NodePlace, place_of, remove_left_secrets
+from rlhf.distributed.peers import LaunchResult
 from rlhf.distributed.slurm import adopt_slurm, under_launcher
 from rlhf.errors import EXIT_STOPPED, EXIT_SUCCESS, ConfigError, Stopped, StorageError, UserError, describe_stop
 from rlhf.pipeline import StagePlan, begin_stage, default_run_folder, plan_stage, preflight
@@ -32,7 +34,8 @@ from rlhf.runs import console, manifest
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.report import write_report
-from rlhf.worker import explain, leave, note_stop, run_stage
+from rlhf.terminal import forgive_all, warn
+from rlhf.worker import exit_code_of, explain, leave, note_stop, run_stage
 
 # What a run is, as far as its default folder is concerned: everything but where it lives, what is logged besides, on
 # how many processes, sharded how, and in what portions it is computed: those may change from attempt to attempt.
@@ -42,12 +45,15 @@ _NOT_IDENTITY = (
     *(f"{stage}.{key}" for stage in ("sft", "reward_model") for key in sorted(TRAINING_BOOKKEEPING)),
     *(f"ppo.{key}" for key in sorted(PPO_BOOKKEEPING)),
 )
+# How long the other ranks of another launcher wait for rank 0 to write down that the run was stopped.
+_NOTE_SECONDS = 10.0
 # A run that failed because nothing can be written has said so; its manifest is mended when it is started again.
 _FAILED_ALREADY = suppress(StorageError)
 
 
 def supervise(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
     """Runs the config's stages. Returns the exit code; errors of the user rise as `UserError`."""
+    forgive_all()
     if config.launcher.type == "slurm":
         return sbatch.write_job(config, _prepare(config).path, command)
     place = place_of(config.distributed, os.environ)
@@ -102,6 +108,7 @@ def _prepare(config: RLHFConfig) -> RunFolder:
 
 def _start_manifest(config: RLHFConfig, run: RunFolder, command: Sequence[str]) -> None:
     run.clean_partial()
+    remove_left_secrets(run.path)
     write_text(run.config, config_to_yaml(config))
     manifest.start_manifest(
         run,
@@ -150,9 +157,9 @@ def _write_report(run: RunFolder) -> None:
 def _begin(config: RLHFConfig, run: RunFolder, plan: StagePlan, position: int) -> None:
     resumes = begin_stage(run, plan)
     detail = "goes on where it was interrupted" if resumes else ""
-    console.heading(plan.name, position, len(config.stages), detail)
     inputs = {name: str(path) for name, path in plan.inputs.items()}
     manifest.update_stage(run, plan.name, status="running", fingerprint=plan.fingerprint, inputs=inputs, stopped=None)
+    console.heading(plan.name, position, len(config.stages), detail)
 
 
 def _rank_command(run: RunFolder, stage: str, debug: bool) -> list[str]:
@@ -178,27 +185,47 @@ def _run_in_ranks(
         _record_finished(run, plan.name)
         return EXIT_SUCCESS
     stopped_by = result.exit_code - 128 if result.exit_code in EXIT_STOPPED else None
-    if stopped_by is None and result.rank is not None and result.log_tail:
-        print(f"rlhf: {result.culprit} failed; the end of its log:\n{result.log_tail}", file=sys.stderr)
-    if stopped_by is None and (result.exit_code > 128 or result.problem):
-        print(f"rlhf: stage {plan.name}: {result.describe()}", file=sys.stderr)
-    if stopped_by is not None:
-        print(f"rlhf: stage {plan.name}: {_how_it_stopped(run, plan.name, stopped_by)}", file=sys.stderr)
-    status = "failed" if stopped_by is None else "interrupted"
+    fields: dict[str, Any] = {"status": "failed" if stopped_by is None else "interrupted"}
+    note = manifest.read_manifest(run).get("stages", {}).get(plan.name, {}).get("stopped")
+    if stopped_by is not None and isinstance(note, dict):
+        # Rank 0 wrote it, and whatever ended the run reached the ranks as SIGTERM.
+        fields["stopped"] = {**note, "signal": signal.Signals(stopped_by).name}
     with _FAILED_ALREADY:
-        manifest.update_stage(run, plan.name, status=status, seconds=round(time.monotonic() - started, 3))
+        manifest.update_stage(run, plan.name, **fields, seconds=round(time.monotonic() - started, 3))
+    for line in _ending(plan.name, result, stopped_by, note):
+        warn(f"rlhf: {line}")
     return result.exit_code
 
 
-def _how_it_stopped(run: RunFolder, name: StageName, number: int) -> str:
-    """What rank 0 left about its stop; a rank that had no time to is one that was killed."""
-    note = manifest.read_manifest(run).get("stages", {}).get(name, {}).get("stopped")
+def _ending(name: StageName, result: LaunchResult, stopped_by: int | None, note: object) -> Iterator[str]:
+    """What is said of ranks that did not end well; rank 0 has explained its own failure."""
+    for failure in result.while_stopping or (result,):
+        if failure.rank is not None and failure.log_tail and (stopped_by is None or failure is not result):
+            when = "" if stopped_by is None else " while stopping"
+            yield f"{failure.culprit} failed{when}; the end of its log:\n{failure.log_tail}"
+    if stopped_by is not None:
+        yield f"stage {name}: {_how_it_stopped(result, stopped_by, note)}"
+    elif result.exit_code > 128 or result.problem:
+        yield f"stage {name}: {result.describe()}"
+
+
+def _how_it_stopped(result: LaunchResult, number: int, note: object) -> str:
+    """`note` is what rank 0 left about its stop, None when it could not."""
     if isinstance(note, dict):
         return describe_stop(number, note.get("step"))
-    return (
-        f"stopped by {signal.Signals(number).name} without time for a checkpoint; the same command goes on from the "
-        "one before. distributed.stop_seconds is the time that a stop may take"
-    )
+    stopped = f"stopped by {signal.Signals(number).name}"
+    if result.while_stopping:
+        first = result.while_stopping[0]
+        return (
+            f"{stopped}, but could not write its checkpoint: {first.describe()}; the same command goes on from the "
+            "checkpoint before"
+        )
+    if result.killed:
+        return (
+            f"{stopped} without time for a checkpoint; the same command goes on from the one before. "
+            "distributed.stop_seconds is the time that a stop may take"
+        )
+    return describe_stop(number, None)
 
 
 def _record_finished(run: RunFolder, name: StageName) -> None:
@@ -286,14 +313,25 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
     # The process boundary: every error becomes a message and an exit code.
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         if isinstance(error, Stopped) and os.environ.get("RANK", "0") != "0":
-            leave(error.exit_code)  # rank 0 says it for all
-        code = explain(error, run, debug)
+            # Rank 0 says it for all; a launcher that sees a rank gone may not let it finish.
+            if run is not None:
+                _wait_for_note(run, _NOTE_SECONDS)
+            leave(error.exit_code)
+        code = exit_code_of(error, run)
         if run is not None and begun:
             if isinstance(error, Stopped) and current is not None:
                 note_stop(run, current, error)
             with _FAILED_ALREADY:
                 manifest.finish_manifest(run, code)
+        explain(error, run, debug)
         # The other ranks may wait in a collective operation that this rank will never join: leave at once, so that the
         # launcher ends them.
         leave(code)
     leave(EXIT_SUCCESS)
+
+
+def _wait_for_note(run: RunFolder, seconds: float) -> None:
+    """Returns when the manifest no longer says that the run is going on, or cannot be read here, or time is up."""
+    end = time.monotonic() + seconds
+    while manifest.read_manifest(run).get("status") == "running" and time.monotonic() < end:
+        time.sleep(0.05)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import signal
 import sys
 import time
 import traceback
@@ -19,6 +18,7 @@ from rlhf.runs import manifest
 from rlhf.runs.console import quiet_libraries
 from rlhf.runs.files import storage_error
 from rlhf.runs.folder import RunFolder, StageResult
+from rlhf.terminal import flush_all, forgive_all, warn
 
 if TYPE_CHECKING:
     from rlhf.distributed.runtime import Runtime
@@ -63,37 +63,45 @@ def run_stage(config: RLHFConfig, run: RunFolder, name: StageName, runtime: Runt
 
 def explain(error: BaseException, run: RunFolder | None, debug: bool) -> int:
     """Prints what went wrong on standard error, as a message unless `debug` asks for the traceback; the exit code."""
-    if isinstance(error, Stopped):
-        print(f"rlhf: {error}", file=sys.stderr)
-        return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        print("rlhf: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    place = run.path if run is not None else Path.cwd()
-    if not isinstance(error, UserError):
-        error = storage_error(error, place) or error
-    if debug or not (isinstance(error, UserError) or stopping.requested() is not None):
-        traceback.print_exception(error)
+        return stopping.explain_stop(error)
+    error, stopped_by = _of_user(error, run), stopping.requested()
+    if debug or not (isinstance(error, UserError) or stopped_by is not None):
+        warn("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, UserError):
-        print(f"rlhf: error: {error}", file=sys.stderr)
+        warn(f"rlhf: error: {error}")
+    elif stopped_by is not None:
+        warn(f"rlhf: {Stopped(stopped_by)} ({type(error).__name__} while stopping: {error})")
+    else:
+        warn(f"rlhf: internal error: {type(error).__name__}: {error}")
+    return exit_code_of(error, run)
+
+
+def exit_code_of(error: BaseException, run: RunFolder | None) -> int:
+    """What the process ends with because of `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return error.exit_code if isinstance(error, Stopped) else EXIT_INTERRUPTED
+    error, stopped_by = _of_user(error, run), stopping.requested()
+    if isinstance(error, UserError):
         return error.exit_code
-    stopped_by = stopping.requested()
-    if stopped_by is not None:
-        # Mostly a rank that was told to end a moment earlier and closed its connections.
-        print(f"rlhf: {Stopped(stopped_by)} ({type(error).__name__} while stopping: {error})", file=sys.stderr)
-        return 128 + stopped_by
-    print(f"rlhf: internal error: {type(error).__name__}: {error}", file=sys.stderr)
-    return EXIT_FAILURE
+    # While stopping it is mostly a rank that was told to end a moment earlier and closed its connections.
+    return EXIT_FAILURE if stopped_by is None else 128 + stopped_by
+
+
+def _of_user(error: BaseException, run: RunFolder | None) -> BaseException:
+    """A full or read-only disk under whatever name a library gives it becomes the error that says so."""
+    if isinstance(error, UserError):
+        return error
+    return storage_error(error, run.path if run is not None else Path.cwd()) or error
 
 
 def note_stop(run: RunFolder, name: StageName, stopped: Stopped) -> None:
     """Rank 0 writes down at which step its stage stopped, for the message and the manifest."""
     if os.environ.get("RANK", "0") != "0":
         return
-    note = {"signal": signal.Signals(stopped.number).name, "step": stopped.step}
     # The stop itself went well: a disk that is full now is the next start's affair.
     with contextlib.suppress(UserError, OSError):
-        manifest.update_stage(run, name, stopped=note)
+        manifest.note_stop(run, name, stopped)
 
 
 def main(arguments: list[str]) -> int:
@@ -129,10 +137,10 @@ def leave(code: int) -> NoReturn:
     An orderly end would destroy process group and interpreter under threads of gloo and DeepSpeed, which at times
     aborts a rank whose work is done ("terminate called without an active exception").
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_all()
     os._exit(code)
 
 
 if __name__ == "__main__":
+    forgive_all()
     leave(main(sys.argv[1:]))

@@ -1,7 +1,8 @@
 """One node of a run whose ranks are small scripts: `python -m tests.node_example SETTINGS RANK [KEY=VALUE ...]`.
 
 SETTINGS is a JSON file with `folder` (the run folder, with the ranks' script `rank.py`), `num_nodes`, `num_processes`,
-`port`, `timeout` and `stages`. KEY=VALUE changes what this node takes for its config. It ends like the command does.
+`port`, `timeout` and `stages`; with `raises` node 0 fails with that message once rank 1 is there. KEY=VALUE changes
+what this node takes for its config. It ends like the command does.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rlhf.distributed import stopping
 from rlhf.distributed.follower import follow
 from rlhf.distributed.launch import launch, reserved_port
 from rlhf.distributed.leader import Leader
 from rlhf.distributed.nodes import NodePlace
-from rlhf.errors import UserError
+from rlhf.errors import ConfigError, Stopped, UserError
 
 PREAMBLE = """
 import json, os, pathlib, signal, subprocess, sys, time
@@ -59,12 +61,17 @@ def outputs(*nodes: subprocess.Popen[str], seconds: float = 20) -> list[str]:
     return [node.communicate(timeout=seconds)[0] for node in nodes]
 
 
+def values_of(settings: dict[str, Any], rank: int) -> dict[str, Any]:
+    """What the node takes for its config."""
+    return {"distributed": {"node_rank": rank, "num_threads": 1}, "stages": settings["stages"]}
+
+
 def main(path: str, rank: str, *changes: str) -> int:
     """Runs the node. Returns its exit code."""
     settings = json.loads(Path(path).read_text())
     folder = Path(settings["folder"])
     own = dict(change.split("=") for change in changes)
-    values = {"distributed": {"node_rank": int(rank), "num_threads": 1}, "ppo": {"kl_coefficient": 0.1}, **own}
+    values = {**values_of(settings, int(rank)), **own}
     place = NodePlace(
         int(rank),
         settings["num_nodes"],
@@ -80,6 +87,10 @@ def main(path: str, rank: str, *changes: str) -> int:
         leader.meet(folder, values)
         for stage in settings["stages"]:
             with leader.stage(stage) as peers:
+                if "raises" in settings:
+                    while not (folder / "ready1").exists():
+                        time.sleep(0.02)
+                    raise ConfigError(settings["raises"])
                 result = launch([*command, stage], settings["num_processes"], log_folder=folder / "logs", peers=peers)
             print(f"{stage}: {result.describe()}\n{result.log_tail}", flush=True)
             if result.exit_code:
@@ -90,9 +101,10 @@ def main(path: str, rank: str, *changes: str) -> int:
 
 
 if __name__ == "__main__":
+    stopping.install()
     try:
         code = main(*sys.argv[1:])
-    except UserError as error:
+    except (UserError, Stopped) as error:
         print(f"error: {error}")
         code = error.exit_code
     sys.exit(code)

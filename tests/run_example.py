@@ -19,15 +19,18 @@ from tests.command import SMOKE, command, environment
 class Run:
     """A command that was started, with everything that it starts."""
 
-    def __init__(self, folder: Path, *arguments: str, extra: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, extra: Mapping[str, str] | None = None, output: int | None = None
+    ) -> None:
+        """`output` is where standard output and error go; else the first goes nowhere and `stop` returns the second."""
         self.mark = f"RLHF_TEST_MARK_{uuid.uuid4().hex}"
         self.path = folder / "run"
         self.process = subprocess.Popen(
             command("run", *SMOKE, "run.dir=run", *arguments),
             cwd=folder,
             env=environment({self.mark: "1", **(extra or {})}),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL if output is None else output,
+            stderr=subprocess.PIPE if output is None else output,
             text=True,
         )
 

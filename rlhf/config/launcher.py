@@ -24,7 +24,9 @@ class LauncherConfig(Section):
     gpus_per_node: Annotated[int, Field(ge=0)] | None = Field(
         None, description="slurm: --gpus-per-node; null asks for num_processes, none with distributed.device=cpu"
     )
-    cpus_per_task: PositiveInt | None = Field(None, description="slurm: --cpus-per-task, CPU cores of a node")
+    cpus_per_task: PositiveInt | None = Field(
+        None, description="slurm: --cpus-per-task, CPU cores of a node; null asks for num_threads, or 4, a process"
+    )
     memory: Line | None = Field(None, description="slurm: --mem, memory of a node, such as 512G; 0 is all of it")
     signal_seconds: PositiveInt = Field(120, description="slurm: SIGTERM so long before the time limit, to save")
     requeue: bool = Field(True, description="slurm: --requeue, start again after a preemption or a node failure")

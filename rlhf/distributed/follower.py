@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from typing import Any
 import rlhf
 from rlhf.distributed.channel import Channel, ChannelError, Lines, Message, interface_of, proof, proves
 from rlhf.distributed.launch import SignalWatch, launch
-from rlhf.distributed.nodes import PROTOCOL, NodePlace, Secret, notice
+from rlhf.distributed.nodes import PROTOCOL, NodePlace, Secret, exit_of, notice
 from rlhf.distributed.peers import LaunchResult, Placement, Word
-from rlhf.errors import EXIT_SUCCESS, ConfigError, UserError
+from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, ConfigError, UserError
 
 # How long a file that node 0 has written may take to be seen here.
 SHARED_SECONDS = 10.0
+# How long node 0 may refuse connections once it was there; it may be started again.
+REFUSED_SECONDS = 15.0
 _ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 
@@ -39,7 +43,10 @@ def follow(
     node 0 refuses this node or the run folder is not shared, and `UserError` when node 0 does not come or goes.
     `num_threads` and `grace_seconds` are what `launch` takes.
     """
-    channel, environment = _join(place, run_folder, values)
+    try:
+        channel, environment = _Joining(place, run_folder, values).join()
+    except _EndedEarlyError as ended:
+        return _end(place, ended.message)
     missing = {name: value for name, value in environment.items() if name not in os.environ}
     run_stage = partial(launch, env_extra=missing, num_threads=num_threads, grace_seconds=grace_seconds)
     told: int | None = None
@@ -49,7 +56,7 @@ def follow(
                 if watch.received and told is None:
                     told = watch.received[0]
                     channel.send("signal", number=told, at_once=False)
-                if len(watch.received) > 1:
+                if watch.received.count(signal.SIGINT) > 1:
                     return 128 + watch.received[0]
                 message = channel.poll()
                 if message is None:
@@ -59,15 +66,30 @@ def follow(
                 elif message["type"] == "end":
                     return _end(place, message)
                 elif message["type"] == "stage":
-                    name = str(message["name"])
+                    name = _stage_of(message, values)
                     logs = run_folder / "logs" / name
                     peers = _LeaderPeers(channel, _placement(place, channel, int(message["port"])))
                     _announce(place, name, logs)
                     result = run_stage(command(name), place.num_processes, log_folder=logs, peers=peers)
+                    if peers.ended is not None:
+                        return _end(place, peers.ended)
                     told = result.interrupted_by or told
                     channel.send("done")
+    except Exception as error:  # whatever it is, node 0 waits for this node and its user looks there
+        code, problem = exit_of(error)
+        channel.send("failed", rank=None, exit_code=code, problem=problem)
+        channel.finish()
+        raise
     finally:
         channel.close()
+
+
+def _stage_of(message: Message, values: Mapping[str, Any]) -> str:
+    """The stage that node 0 names, which becomes part of paths and commands here. Raises `UserError`."""
+    name, stages = message.get("name"), values.get("stages") or ()
+    if not isinstance(name, str) or name not in stages:
+        raise UserError(f"node 0 asked for the stage {name!r}, but this run's stages are {', '.join(stages)}.")
+    return name
 
 
 def _placement(place: NodePlace, channel: Channel, port: int) -> Placement:
@@ -87,6 +109,8 @@ class _LeaderPeers:
         self.placement = placement
         self._channel = channel
         self._told_of_loss = False
+        # How node 0 ended the run meanwhile.
+        self.ended: Message | None = None
 
     def tell_failure(self, failure: LaunchResult) -> None:
         """Reports the rank and the end of its log to node 0."""
@@ -102,6 +126,9 @@ class _LeaderPeers:
         while (message := self._channel.poll()) is not None:
             if message["type"] == "stop":
                 words.append(Word(signal=message["signal"], at_once=bool(message["at_once"])))
+            elif message["type"] == "end":
+                self.ended = message
+                words.append(Word())
         if self._channel.lost is not None and not self._told_of_loss:
             self._told_of_loss = True
             words.append(Word())
@@ -116,7 +143,9 @@ class _LeaderPeers:
 
 
 def _end(place: NodePlace, message: Message) -> int:
-    code = int(message["exit_code"])
+    code = message.get("exit_code")
+    if not isinstance(code, int) or not 0 <= code < 256:
+        code = EXIT_FAILURE
     if code != EXIT_SUCCESS:
         reason = f": {message['message']}" if message.get("message") else ""
         notice(f"node {place.rank}: node 0 ended the run with exit code {code}{reason}")
@@ -129,73 +158,116 @@ def _lost(place: NodePlace, reason: str, told: int | None) -> int:
     raise UserError(f"node 0 at {place.address} is gone: {reason}. Look for the cause there; its ranks here are ended.")
 
 
-def _join(place: NodePlace, run_folder: Path, values: Mapping[str, Any]) -> tuple[Channel, Mapping[str, str]]:
+class _EndedEarlyError(Exception):
+    """Node 0 ended before this node was let in."""
+
+    def __init__(self, message: Message) -> None:
+        super().__init__()
+        # Nothing proves that it comes from node 0, so that it must not pass for a success.
+        self.message = {**message, "exit_code": message.get("exit_code") or EXIT_FAILURE}
+
+
+@dataclass
+class _Joining:
     """Reaches node 0, however long before it this node was started, and is admitted."""
-    deadline = time.monotonic() + place.timeout_seconds
-    announced = time.monotonic() + 1
-    while True:
-        try:
-            connection = socket.create_connection((place.host, place.port), timeout=_ANSWER_SECONDS)
+
+    place: NodePlace
+    run_folder: Path
+    values: Mapping[str, Any]
+    announced: bool = False
+    started: float = 0.0
+    seen_at: float | None = None
+
+    def join(self) -> tuple[Channel, Mapping[str, str]]:
+        """Raises `ConfigError` when node 0 refuses this node, `UserError` when there is none, `_EndedEarlyError`."""
+        self.started = time.monotonic()
+        while True:
             try:
-                return _introduce(place, Lines(connection, _ANSWER_SECONDS), run_folder, values)
-            except BaseException:
-                connection.close()
-                raise
-        except (OSError, ChannelError) as error:
-            problem = str(error)
-        if time.monotonic() > deadline:
+                connection = socket.create_connection((self.place.host, self.place.port), timeout=_ANSWER_SECONDS)
+                self.seen_at = time.monotonic()
+                try:
+                    return self._introduce(Lines(connection, _ANSWER_SECONDS))
+                except BaseException:
+                    connection.close()
+                    raise
+            except (OSError, ChannelError) as error:
+                problem = str(error)
+            self._look_at_the_clock(problem)
+            time.sleep(0.2)
+
+    def _look_at_the_clock(self, problem: str) -> None:
+        """Says once why this node waits. Raises `UserError` when that was long enough."""
+        place, now = self.place, time.monotonic()
+        if now > self.started + place.timeout_seconds:
             raise UserError(
                 f"node {place.rank} found no node 0 at {place.address} within {place.timeout_seconds} s "
                 f"(distributed.timeout_seconds): {problem}. Start the same command there with distributed.node_rank=0."
             )
-        if announced is not None and time.monotonic() > announced:
-            announced = float("inf")
+        if self.seen_at is not None and now > self.seen_at + REFUSED_SECONDS:
+            raise UserError(
+                f"node 0 was at {place.address} and is gone before node {place.rank} had joined: {problem}. Look for "
+                "the cause there and start all nodes again."
+            )
+        if not self.announced and now > self.started + 1:
+            self.announced = True
             notice(
                 f"node {place.rank} waits for node 0 at {place.address}, {place.timeout_seconds} s at most "
                 f"(distributed.timeout_seconds): {problem}"
             )
-        time.sleep(0.2)
 
+    def _introduce(self, lines: Lines) -> tuple[Channel, Mapping[str, str]]:
+        """Proves that this node reads the run folder and has node 0 prove the same. Raises `ConfigError` and others."""
+        challenge = self._receive(lines)
+        token = str(challenge.get("token"))
+        if challenge["type"] != "challenge" or not token.isalnum():
+            raise ChannelError("what answers there is not node 0 of a run")
+        secret = self._read_secret(token, lines)
+        nonce = secrets.token_hex(16)
+        facts = [challenge.get("nonce"), nonce, self.place.rank]
+        lines.send(
+            "hello",
+            protocol=PROTOCOL,
+            version=rlhf.__version__,
+            node_rank=self.place.rank,
+            host=socket.gethostname(),
+            nonce=nonce,
+            proof=proof(secret.value, "follower", *facts),
+            config=self.values,
+        )
+        answer = self._receive(lines)
+        if not proves(answer.get("proof"), secret.value, "leader", *facts):
+            raise ChannelError("what answers there is not node 0 of this run")
+        if answer["type"] == "refused":
+            raise ConfigError(str(answer["message"]))
+        return Channel(lines), secret.environment
 
-def _introduce(
-    place: NodePlace, lines: Lines, run_folder: Path, values: Mapping[str, Any]
-) -> tuple[Channel, Mapping[str, str]]:
-    """Proves that this node reads the run folder and has node 0 prove the same. Raises `ConfigError` and others."""
-    challenge = lines.receive()
-    token = str(challenge.get("token"))
-    if challenge["type"] != "challenge" or not token.isalnum():
-        raise ChannelError("what answers there is not node 0 of a run")
-    secret = _read_secret(run_folder, token, lines)
-    nonce = secrets.token_hex(16)
-    facts = [challenge.get("nonce"), nonce, place.rank]
-    lines.send(
-        "hello",
-        protocol=PROTOCOL,
-        version=rlhf.__version__,
-        node_rank=place.rank,
-        host=socket.gethostname(),
-        nonce=nonce,
-        proof=proof(secret.value, "follower", *facts),
-        config=values,
-    )
-    answer = lines.receive()
-    if not proves(answer.get("proof"), secret.value, "leader", *facts):
-        raise ChannelError("what answers there is not node 0 of this run")
-    if answer["type"] == "refused":
-        raise ConfigError(str(answer["message"]))
-    return Channel(lines), secret.environment
-
-
-def _read_secret(run_folder: Path, token: str, lines: Lines) -> Secret:
-    deadline = time.monotonic() + SHARED_SECONDS
-    while (secret := Secret.read(run_folder, token)) is None:
-        if time.monotonic() > deadline:
-            path = Secret.path(run_folder.absolute(), token)
-            lines.send("unreadable", path=str(path))
+    def _receive(self, lines: Lines) -> Message:
+        """The next message but for those by which node 0 asks for patience."""
+        while (message := lines.receive())["type"] == "wait":
+            self._look_at_the_clock("it is there but not ready yet")
+            self.seen_at = time.monotonic()
+        if message["type"] == "end":
+            raise _EndedEarlyError(message)
+        if message["type"] == "full":
+            place = self.place
             raise ConfigError(
-                f"this node cannot read {path}, which node 0 has written. All nodes need one run folder: set run.dir "
-                "(or run.root, and the working folder) to the same folder of a file system that all nodes share, and "
-                "start all as the same user."
+                f"node 0 at {place.address} has all its {place.num_nodes} nodes already, and this one wants to be "
+                f"distributed.node_rank={place.rank}. Give each node a number of its own, start each once, and all of "
+                "them again when one has to be replaced."
             )
-        time.sleep(0.1)
-    return secret
+        return message
+
+    def _read_secret(self, token: str, lines: Lines) -> Secret:
+        deadline = time.monotonic() + SHARED_SECONDS
+        while (secret := Secret.read(self.run_folder, token)) is None:
+            if time.monotonic() > deadline:
+                path = Secret.path(self.run_folder.absolute(), token)
+                lines.send("unreadable", path=str(path))
+                self._receive(lines)
+                raise ConfigError(
+                    f"this node cannot read {path}, which node 0 has written. All nodes need one run folder: set "
+                    "run.dir (or run.root, and the working folder) to the same folder of a file system that all nodes "
+                    "share, and start all as the same user."
+                )
+            time.sleep(0.1)
+        return secret

@@ -23,7 +23,7 @@ from types import FrameType, TracebackType
 from typing import IO, Any
 
 from rlhf.distributed.peers import LaunchResult, Peers, Placement, Word
-from rlhf.errors import EXIT_SUCCESS
+from rlhf.errors import EXIT_SUCCESS, Stopped
 
 SUPERVISOR_PID = "RLHF_SUPERVISOR_PID"
 _POLL_SECONDS = 0.02
@@ -107,6 +107,8 @@ def launch(
 
     With `peers` the ranks are numbered after those of the nodes before this one, a failure or signal on any node ends
     the ranks of all, and the first failure of all is the result.
+
+    Raises `Stopped` when a signal comes after all ranks have succeeded, unless a watch around this call gets it.
     """
     with contextlib.ExitStack() as stack:
         if log_folder is None:
@@ -127,10 +129,14 @@ def launch(
         course = _Course(ranks, peers, grace_seconds, failure_grace_seconds, tail_lines)
         while True:
             running = ranks.poll()
-            course.look(watch.received)
+            course.look(watch.received, watch.earlier)
             if not running and (peers is None or not peers.busy()):
-                return course.result()
+                break
             time.sleep(_POLL_SECONDS)
+    result, unanswered = course.result(), watch.received[course.num_signals :]
+    if result.exit_code == EXIT_SUCCESS and unanswered and watch.outer is None:
+        raise Stopped(unanswered[0])
+    return result
 
 
 def _on_this_host(port: int) -> Placement:
@@ -163,13 +169,18 @@ class _Course:
     ending: bool = False
     deadline: float = float("inf")
     num_signals: int = 0
+    killed: bool = False
+    while_stopping: list[LaunchResult] = field(default_factory=list)
 
-    def look(self, received: Sequence[int]) -> None:
-        """Ends all ranks after the first failure anywhere, or when any node is told to end."""
+    def look(self, received: Sequence[int], earlier: Sequence[int] = ()) -> None:
+        """Ends all ranks after the first failure anywhere, or when any node is told to end.
+
+        `received` are the signals since the ranks were started, `earlier` those that came before.
+        """
         # What fails after it was asked to end is no cause.
         failed = None if self.ending else self.ranks.first_failure()
         for number in received[self.num_signals :]:
-            at_once = received.count(signal.SIGINT) > 1
+            at_once = [*earlier, *received].count(signal.SIGINT) > 1
             if self.peers is not None:
                 self.peers.tell_signal(number, at_once)
             self._hear(Word(signal=number, at_once=at_once))
@@ -183,29 +194,46 @@ class _Course:
             if self.peers is not None:
                 self.peers.tell_failure(failure)
             self._end(self.failure_grace_seconds)
+        if self.interrupted_by is not None and not self.failures:
+            self._keep(self.ranks.failures_while_stopping(self.tail_lines))
         if time.monotonic() > self.deadline:
-            self.ranks.kill()
+            self._kill()
         if self.peers is not None and time.monotonic() > self.deadline + _PEERS_SECONDS:
             self.peers.give_up()
 
     def result(self) -> LaunchResult:
         """How it ended. Of several failures the first is the cause, but before all one by a signal or a lost node."""
         if self.interrupted_by is not None:
-            return LaunchResult(128 + self.interrupted_by, interrupted_by=self.interrupted_by)
+            return LaunchResult(
+                128 + self.interrupted_by,
+                interrupted_by=self.interrupted_by,
+                while_stopping=tuple(self.while_stopping),
+                killed=self.killed,
+            )
         if not self.failures:
             return LaunchResult(EXIT_SUCCESS)
         return min(self.failures, key=lambda failure: failure.exit_code <= 128 and not failure.problem)
 
     def _hear(self, word: Word) -> None:
         if word.failure is not None:
-            self.failures.append(word.failure)
+            (self.failures if self.interrupted_by is None else self.while_stopping).append(word.failure)
         if word.signal is None:
             self._end(self.failure_grace_seconds)
         elif self.interrupted_by is None:
             self.interrupted_by = word.signal
             self._end(self.grace_seconds)
         if word.at_once:
-            self.ranks.kill()
+            self._kill()
+
+    def _keep(self, failures: Sequence[LaunchResult]) -> None:
+        for failure in failures:
+            if failure not in self.while_stopping:
+                self.while_stopping.append(failure)
+                if self.peers is not None:
+                    self.peers.tell_failure(failure)
+
+    def _kill(self) -> None:
+        self.killed = self.ranks.kill() or self.killed
 
     def _end(self, seconds: float) -> None:
         """Asks the ranks to end, once, and gives them `seconds`."""
@@ -216,10 +244,15 @@ class _Course:
 
 
 class SignalWatch:
-    """Collects the signals that ask this process to end, instead of dying of them, while the context is open."""
+    """Collects the signals that ask this process to end, instead of dying of them, while the context is open.
+
+    Within another watch, `outer`, it starts with what that one has got, `earlier`, and hands on to it what it gets.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
+        self.outer: SignalWatch | None = None
+        self.earlier: list[int] = []
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalWatch:
@@ -227,6 +260,9 @@ class SignalWatch:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and jobs of a shell without job control
                     self._previous[number] = signal.signal(number, self._on_signal)
+            around = {getattr(handler, "__self__", None) for handler in self._previous.values()}
+            self.outer = next((watch for watch in around if isinstance(watch, SignalWatch)), None)
+            self.earlier = [] if self.outer is None else list(self.outer.received)
         return self
 
     def __exit__(
@@ -234,6 +270,8 @@ class SignalWatch:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self.outer is not None:
+            self.outer.received += self.received
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
@@ -245,6 +283,7 @@ class _Rank:
     log: Path | None
     log_start: int
     reaped: bool = False
+    killed: bool = False
 
 
 @dataclass
@@ -308,17 +347,30 @@ class _Ranks:
             log_tail=self._log_tail(self.members[number], tail_lines),
         )
 
+    def failures_while_stopping(self, tail_lines: int) -> list[LaunchResult]:
+        """Ranks that have ended by something else than the request to end."""
+        found = []
+        for number in self._failures:
+            member = self.members[number]
+            asked = member.process.returncode > 128 or member.process.returncode == -signal.SIGTERM
+            if not member.killed and not asked:
+                found.append(self.failure(number, tail_lines))
+        return found
+
     def terminate(self) -> None:
         """Asks every running rank to end; its own helpers are left to it."""
         for member in self.members:
             if not member.reaped:
                 member.process.terminate()
 
-    def kill(self) -> None:
-        """Ends the running ranks with their process groups."""
-        for member in self.members:
-            if not member.reaped:
-                _signal_group(member.process.pid, signal.SIGKILL)
+    def kill(self) -> bool:
+        """Ends the running ranks with their process groups. Whether there were any."""
+        running = [member for member in self.members if not member.reaped]
+        for member in running:
+            # One that has just ended by itself is not to be taken for one that was killed.
+            member.killed = member.killed or member.process.poll() is None
+            _signal_group(member.process.pid, signal.SIGKILL)
+        return any(member.killed for member in running)
 
     def _log_tail(self, member: _Rank, lines: int) -> str:
         """The last lines a rank wrote since it started; empty for rank 0."""

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -19,11 +20,19 @@ from typing import Any
 import rlhf
 from rlhf.distributed.channel import Channel, ChannelError, Lines, Message, interface_of, proof, proves
 from rlhf.distributed.launch import reserved_port
-from rlhf.distributed.nodes import PROTOCOL, NodePlace, Secret, differences, notice
+from rlhf.distributed.nodes import PROTOCOL, NodePlace, Secret, differences, exit_of, notice
 from rlhf.distributed.peers import LaunchResult, Placement, Word
-from rlhf.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_SUCCESS, ConfigError, UserError
+from rlhf.distributed.stopping import SIGNALS
+from rlhf.errors import EXIT_FAILURE, ConfigError, Stopped, UserError
 
 _HANDSHAKE_SECONDS = 20.0
+# How often a node that came early hears that node 0 is there, and how long all nodes together may take to hang up.
+_WAIT_SECONDS = 1.0
+_FINISH_SECONDS = 2.0
+# Nodes that wait try again several times a second: so long they can still hear that node 0 ended before they had met.
+_LINGER_SECONDS = 1.0
+# So many connections besides those of the run's nodes are looked at at a time.
+_STRANGERS = 16
 _SHOWN_DIFFERENCES = 10
 
 
@@ -45,7 +54,9 @@ class _Node:
 class Leader:
     """Node 0's side of the run, as a context; leaving it ends the other nodes with the exit code of what was raised.
 
-    Entering takes the rendezvous's port. Raises `ConfigError` when that is not possible.
+    Entering takes the rendezvous's port. Raises `ConfigError` when that is not possible. Nodes that come before `meet`
+    are kept waiting, so that they hear of an end that comes before it too. After leaving it the process should end: it
+    ignores signals from then on, since a launcher that sees the other nodes end may send some before this one has.
     """
 
     def __init__(self, place: NodePlace) -> None:
@@ -53,6 +64,10 @@ class Leader:
         self._bound = ""
         self._listener: socket.socket | None = None
         self._nodes: dict[int, _Node] = {}
+        self._greeted: set[Lines] = set()
+        self._greetings = threading.BoundedSemaphore(place.num_nodes + _STRANGERS)
+        self._complete = False
+        self._ended = False
         self._changed = threading.Condition()
         self._wrong: str | None = None
         self._run_folder: Path | None = None
@@ -62,33 +77,48 @@ class Leader:
 
     def __enter__(self) -> Leader:
         self._bound, self._listener = _listen(self._place)
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        code, message = self._end if error is None else _exit_of(error)
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        self._forget_secret()
+        with self._changed:
+            self._end = code, message = self._end if error is None else exit_of(error)
+            self._ended = True
+            for lines in self._greeted:
+                with suppress(ChannelError):
+                    lines.send("end", exit_code=code, message=message)
+            self._changed.notify_all()
+        for node in self._nodes.values():
+            node.channel.send("end", exit_code=code, message=message)
+        if not self._complete:
+            time.sleep(_LINGER_SECONDS)
         if self._listener is not None:
             # shutdown wakes the thread that accepts, which close alone does not.
             with suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
+        deadline = time.monotonic() + _FINISH_SECONDS
         for node in self._nodes.values():
-            node.channel.send("end", exit_code=code, message=message)
-        for node in self._nodes.values():
-            node.channel.finish()
-        if self._secret is not None and self._run_folder is not None:
-            self._secret.remove(self._run_folder)
+            node.channel.finish(max(0.0, deadline - time.monotonic()))
 
     def meet(self, run_folder: Path, values: Mapping[str, Any]) -> None:
         """Waits until all nodes have joined; call it while holding the run folder's lock.
 
         `values` is the config as plain values: a node with another one is refused. Raises `ConfigError` then, and
-        `UserError` when nodes are missing after `distributed.timeout_seconds`.
+        `UserError` when nodes are missing after `distributed.timeout_seconds`, and `Stopped` when one that has joined
+        is told to end. The secret is in the folder only meanwhile.
         """
         self._run_folder, self._values = run_folder, values
-        self._secret = Secret.write(run_folder, os.environ)
-        threading.Thread(target=self._accept, daemon=True).start()
+        secret = Secret.write(run_folder, os.environ)
+        with self._changed:
+            self._secret = secret
+            self._changed.notify_all()
         started, announced = time.monotonic(), False
         while missing := self._missing():
             if self._wrong is not None:
@@ -109,6 +139,7 @@ class Leader:
                 )
             with self._changed:
                 self._changed.wait(0.1)
+        self._forget_secret()
         hosts = ", ".join(self._nodes[rank].name for rank in sorted(self._nodes))
         notice(f"{self._place.num_nodes} nodes: this one and {hosts}")
 
@@ -133,53 +164,97 @@ class Leader:
     def _missing(self) -> list[int]:
         with self._changed:
             for rank, node in list(self._nodes.items()):
+                while (message := node.channel.poll()) is not None:
+                    if message["type"] == "signal":
+                        notice(f"{node.name} was told to end")
+                        raise Stopped(int(message["number"]))
                 if node.channel.lost is not None:
                     notice(f"{node.name} is gone again: {node.channel.lost}")
                     del self._nodes[rank]
-            return [rank for rank in range(1, self._place.num_nodes) if rank not in self._nodes]
+            missing = [rank for rank in range(1, self._place.num_nodes) if rank not in self._nodes]
+            self._complete = not missing
+            return missing
 
-    def _accept(self) -> None:
-        assert self._listener is not None
+    def _forget_secret(self) -> None:
+        if self._secret is not None and self._run_folder is not None:
+            self._secret.remove(self._run_folder)
+
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                connection, address = self._listener.accept()
+                connection, address = listener.accept()
             except OSError:  # closed: the run ends
                 return
+            if not self._greetings.acquire(blocking=False):
+                connection.close()
+                continue
             threading.Thread(target=self._greet, args=(connection, str(address[0])), daemon=True).start()
 
     def _greet(self, connection: socket.socket, address: str) -> None:
-        """Lets a node in, refuses it with a reason, or hangs up on one that cannot prove anything."""
-        lines = Lines(connection, _HANDSHAKE_SECONDS)
-        assert self._secret is not None
-        challenge = secrets.token_hex(16)
+        lines, joined = Lines(connection, _HANDSHAKE_SECONDS), False
         try:
-            lines.send("challenge", protocol=PROTOCOL, token=self._secret.token, nonce=challenge)
-            message = lines.receive()
-            if message["type"] == "unreadable":
-                notice(f"{address} says that it cannot read {message.get('path')}, which node 0 wrote; see its message")
-            facts = [challenge, message.get("nonce"), message.get("node_rank")]
-            if message["type"] != "hello" or not proves(message.get("proof"), self._secret.value, "follower", *facts):
-                lines.close()
-                return
-            answer = proof(self._secret.value, "leader", *facts)
             with self._changed:
-                taken = self._taken(message)
-                mistake = _mistake(self._values, message)
-                refusal = mistake or taken
-                if refusal is None:
-                    lines.send("welcome", proof=answer)
-                    node = _Node(int(message["node_rank"]), str(message.get("host")), Channel(lines))
-                    self._nodes[node.rank] = node
-                else:
-                    lines.send("refused", proof=answer, message=refusal)
-                    lines.close()
-                    # The other node may mend its number, but two that differ will not come together by waiting.
-                    self._wrong = self._wrong or mistake
-                    if mistake is None:
-                        notice(refusal)
-                self._changed.notify_all()
+                if self._ended:
+                    lines.send("end", exit_code=self._end[0], message=self._end[1])
+                    return
+                self._greeted.add(lines)
+            secret = self._wait_for_secret(lines)
+            joined = secret is not None and self._admit(lines, secret, address)
         except ChannelError:
-            lines.close()
+            pass  # a stranger, or a node that will try again
+        finally:
+            with self._changed:
+                self._greeted.discard(lines)
+            if not joined:
+                lines.close()
+            self._greetings.release()
+
+    def _wait_for_secret(self, lines: Lines) -> Secret | None:
+        """Keeps a node that came early waiting; None when the run ends before, or has all its nodes already."""
+        with self._changed:
+            while self._secret is None and not self._ended:
+                lines.send("wait")
+                self._changed.wait(_WAIT_SECONDS)
+            if self._complete and not self._ended:
+                lines.send("full")
+            return None if self._ended or self._complete else self._secret
+
+    def _admit(self, lines: Lines, secret: Secret, address: str) -> bool:
+        """Lets a node in, refuses it with a reason, or turns away one that cannot prove anything."""
+        challenge = secrets.token_hex(16)
+        lines.send("challenge", protocol=PROTOCOL, token=secret.token, nonce=challenge)
+        message = lines.receive()
+        if message["type"] == "unreadable":
+            if self._complete:  # the secret went while this node looked for it
+                lines.send("full")
+                return False
+            path = str(message.get("path"))[:300]
+            notice(f"{address} says that it cannot read {path}, which node 0 wrote; see its message")
+            lines.send("noted")
+        facts = [challenge, message.get("nonce"), message.get("node_rank")]
+        if message["type"] != "hello" or not proves(message.get("proof"), secret.value, "follower", *facts):
+            return False
+        if type(message.get("node_rank")) is not int or not isinstance(message.get("config"), dict):
+            return False
+        answer = proof(secret.value, "leader", *facts)
+        with self._changed:
+            if self._ended:
+                return False
+            taken = self._taken(message)
+            mistake = _mistake(self._values, message)
+            refusal = mistake or taken
+            if refusal is None:
+                lines.send("welcome", proof=answer)
+                node = _Node(message["node_rank"], str(message.get("host")), Channel(lines))
+                self._nodes[node.rank] = node
+            else:
+                lines.send("refused", proof=answer, message=refusal)
+                # The other node may mend its number, but two that differ will not come together by waiting.
+                self._wrong = self._wrong or mistake
+                if mistake is None:
+                    notice(refusal)
+            self._changed.notify_all()
+            return refusal is None
 
     def _taken(self, hello: Message) -> str | None:
         rank, host = hello["node_rank"], hello.get("host")
@@ -194,7 +269,7 @@ def _mistake(values: Mapping[str, Any], hello: Message) -> str | None:
     who = f"node {hello['node_rank']} ({hello.get('host')})"
     if hello.get("protocol") != PROTOCOL or hello.get("version") != rlhf.__version__:
         return f"{who} has rlhf {hello.get('version')}, node 0 has {rlhf.__version__}: install the same on all nodes."
-    different = differences(values, hello.get("config") or {})
+    different = differences(values, hello["config"])
     if not different:
         return None
     more = "" if len(different) <= _SHOWN_DIFFERENCES else f" and {len(different) - _SHOWN_DIFFERENCES} more"
@@ -254,6 +329,8 @@ class _StagePeers:
         elif message["type"] == "signal":
             return Word(signal=int(message["number"]), at_once=bool(message["at_once"]))
         elif message["type"] == "failed":
+            if message["rank"] is None:
+                return Word(LaunchResult(int(message["exit_code"]), problem=f"{node.name}: {message['problem']}"))
             tail = str(message["log_tail"])
             return Word(LaunchResult(int(message["exit_code"]), int(message["rank"]), log_tail=tail, where=node.name))
         return None
@@ -299,14 +376,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _exit_of(error: BaseException) -> tuple[int, str]:
-    """The exit code and message that an error ends the command with, for the other nodes."""
-    if isinstance(error, UserError):
-        return error.exit_code, str(error)
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else EXIT_SUCCESS if error.code is None else EXIT_FAILURE, ""
-    if isinstance(error, KeyboardInterrupt):
-        return getattr(error, "exit_code", EXIT_INTERRUPTED), str(error)
-    return EXIT_FAILURE, f"{type(error).__name__}: {error}"

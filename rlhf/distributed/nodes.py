@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import sys
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,11 +23,14 @@ from typing import Any
 
 from rlhf.config.distributed import DistributedConfig, split_address
 from rlhf.distributed.slurm import node_from_slurm, under_launcher
-from rlhf.errors import ConfigError
+from rlhf.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_SUCCESS, ConfigError, UserError
+from rlhf.terminal import warn
 
 PROTOCOL = "rlhf-nodes/1"
 # Variables of node 0 that its ranks on other nodes get too, unless they are set there.
 FORWARDED = ("WANDB_", "HF_", "NCCL_", "TORCH_NCCL_", "GLOO_")
+# Those of them that hold no secrets.
+_HARMLESS = ("NCCL_", "TORCH_NCCL_", "GLOO_")
 # What may differ between the commands of a run's nodes.
 OWN_KEYS = ("distributed.node_rank",)
 _SECRETS = ".nodes-*.json"
@@ -103,15 +106,26 @@ class Secret:
 
     @classmethod
     def write(cls, run_folder: Path, env: Mapping[str, str]) -> Secret:
-        """Makes a new one, readable by its owner alone; what killed runs left goes."""
-        for left in run_folder.glob(_SECRETS):
-            with suppress(FileNotFoundError):
-                left.unlink()
-        environment = {name: value for name, value in env.items() if name.startswith(FORWARDED)}
-        secret = cls(secrets.token_hex(16), secrets.token_hex(32), environment)
-        path = cls.path(run_folder, secret.token)
+        """Makes a new one, readable by its owner alone; what killed runs left goes.
+
+        On a file system that ignores modes it says so, and keeps the variables that may be secret to node 0.
+        """
+        remove_left_secrets(run_folder)
+        token, value = secrets.token_hex(16), secrets.token_hex(32)
+        path = cls.path(run_folder, token)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
+            private = _is_private(file.fileno())
+            if not private:
+                notice(
+                    f"{run_folder} is on a file system that ignores file modes: what is written there others may read. "
+                    "WANDB_* and HF_* of node 0 are not handed to the other nodes; set them there, and see that only "
+                    "users whom you trust can read this folder"
+                )
+            environment = {
+                name: value for name, value in env.items() if name.startswith(FORWARDED if private else _HARMLESS)
+            }
+            secret = cls(token, value, environment)
             json.dump({"secret": secret.value, "environment": environment}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -130,6 +144,29 @@ class Secret:
         """Removes the file."""
         with suppress(OSError):
             self.path(run_folder, self.token).unlink()
+
+
+def remove_left_secrets(run_folder: Path) -> None:
+    """Removes what a node 0 that was killed left in the run folder; call it while holding the folder's lock."""
+    for left in run_folder.glob(_SECRETS):
+        with suppress(FileNotFoundError):
+            left.unlink()
+
+
+def _is_private(descriptor: int) -> bool:
+    """Whether only the owner can read the file, as far as its mode tells."""
+    return stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o600
+
+
+def exit_of(error: BaseException) -> tuple[int, str]:
+    """The exit code and message that an error ends the command with, for the other nodes."""
+    if isinstance(error, UserError):
+        return error.exit_code, str(error)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else EXIT_SUCCESS if error.code is None else EXIT_FAILURE, ""
+    if isinstance(error, KeyboardInterrupt):
+        return getattr(error, "exit_code", EXIT_INTERRUPTED), str(error)
+    return EXIT_FAILURE, f"{type(error).__name__}: {error}"
 
 
 def differences(leader: Mapping[str, Any], follower: Mapping[str, Any]) -> list[str]:
@@ -157,4 +194,4 @@ def _shown(flat: Mapping[str, Any], key: str) -> str:
 def notice(text: str) -> None:
     """One line for the user; what came from another node may hold anything, so nothing unprintable passes."""
     printable = "".join(character if character.isprintable() else "?" for character in text)
-    print(f"rlhf: {printable}", file=sys.stderr, flush=True)
+    warn(f"rlhf: {printable}")

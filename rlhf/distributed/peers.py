@@ -16,6 +16,8 @@ class LaunchResult:
     `rank`: the rank that failed first, None on success and after an interruption. `interrupted_by`: the signal the
     supervisor got, if any. `log_tail`: the last lines that rank wrote, empty for rank 0, whose output was inherited.
     `where`: the other node on which the rank ran; empty on this one. `problem`: what is wrong when no rank is to blame.
+    After an interruption, `while_stopping` are the ranks that failed instead of ending as they were asked to, and
+    `killed` says that some did not end in time, or before a second Ctrl-C.
     """
 
     exit_code: int
@@ -24,6 +26,8 @@ class LaunchResult:
     log_tail: str = ""
     where: str = ""
     problem: str = ""
+    while_stopping: tuple[LaunchResult, ...] = ()
+    killed: bool = False
 
     @property
     def culprit(self) -> str:

@@ -61,9 +61,9 @@ def _slurm_local_tasks(env: Mapping[str, str], tasks: int, nodes: int) -> int:
 
 
 def _first_host(hosts: str) -> str:
-    """The first name of a Slurm host list: `gpu[03-05,9],login` gives `gpu03`."""
-    found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?", hosts)
-    return (found.group(1) + (found.group(2) or "")) if found else ""
+    """The first name of a Slurm host list: `rack[1-2]n[03-05,9]-ib,login` gives `rack1n03-ib`."""
+    found = re.match(r"(?:\[[^\]]*\]|[^,\[])*", hosts)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", found.group()) if found else ""
 
 
 def node_from_slurm(config: DistributedConfig, env: Mapping[str, str]) -> tuple[int, str] | None:

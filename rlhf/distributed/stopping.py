@@ -22,7 +22,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from rlhf.distributed.launch import SUPERVISOR_PID
-from rlhf.errors import Stopped
+from rlhf.errors import EXIT_INTERRUPTED, Stopped
+from rlhf.terminal import warn
 
 if TYPE_CHECKING:
     from rlhf.distributed.runtime import Runtime
@@ -75,6 +76,15 @@ def install() -> None:
 def requested() -> int | None:
     """The signal that asked this process to end; None when none did."""
     return _requests.number
+
+
+def explain_stop(error: KeyboardInterrupt) -> int:
+    """Says on standard error how the process was stopped; the exit code."""
+    if isinstance(error, Stopped):
+        warn(f"rlhf: {error}")
+        return error.exit_code
+    warn("rlhf: interrupted; the same command goes on where it stopped")
+    return EXIT_INTERRUPTED
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ from rlhf.planning.memory import Setting
 from rlhf.planning.phases import peak_of
 from rlhf.planning.sources import find_sources
 from rlhf.planning.stages import TrainedStage, stage_phases
+from rlhf.terminal import say
 
 if TYPE_CHECKING:
     from rlhf.config import RLHFConfig
@@ -46,7 +47,7 @@ class StageMemory:
             on_cpu = self.meter.device.type == "cpu"
             above = f" above the {mebibytes(self.meter.before)} of libraries" if on_cpu else ""
             numbers = f"predicted {mebibytes(self.predicted)}, measured {mebibytes(growth)} per rank"
-            print(f"memory: {numbers}{above}", flush=True)
+            say(f"memory: {numbers}{above}")
         return entries
 
 
@@ -57,7 +58,7 @@ def _predict(config: RLHFConfig, stage: TrainedStage, inputs: Mapping[str, str],
     # A plan is an extra of a run: whatever is wrong with it must not end a training that would have worked.
     except Exception as error:  # noqa: BLE001
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"memory: no prediction ({reason})", flush=True)
+        say(f"memory: no prediction ({reason})")
         return None
     return peak_of(phases, setting)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rlhf.runs import results
 from rlhf.runs.folder import RunFolder
+from rlhf.terminal import forgiving, say
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -66,7 +68,7 @@ class StageProgress:
     ) -> None:
         self.stage = stage
         self.total_steps = total_steps
-        self._stream = stream or sys.stdout
+        self._stream = _output(stream)
         self._clock = clock
         self._step = initial_step
         self._started = clock()
@@ -94,7 +96,7 @@ class StageProgress:
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:
-            _print(text, self._stream)
+            say(text, self._stream)
 
     def line(self) -> str:
         """`ppo 12/100  eta 0:45  score 0.53  kl 2.1`."""
@@ -138,7 +140,7 @@ class StageProgress:
     def _print_line(self) -> None:
         self._printed = (self._clock(), self._step)
         self._line_is_news = False
-        _print(self.line(), self._stream)
+        say(self.line(), self._stream)
 
     def __rich__(self) -> RenderableType:
         """The live line."""
@@ -163,7 +165,8 @@ def _start_live(progress: StageProgress) -> Live:
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(file=progress._stream)
+    # The thread below would die of a terminal that is gone, and the console end the process.
+    console = Console(file=forgiving(progress._stream))
     # The screen is redrawn twice a second by a thread: training shares the cores with it.
     live = Live(get_renderable=progress.__rich__, console=console, refresh_per_second=2)
     live.start()
@@ -172,19 +175,18 @@ def _start_live(progress: StageProgress) -> Live:
 
 def heading(stage: str, position: int, total: int, detail: str = "", stream: TextIO | None = None) -> None:
     """Prints a stage's heading, such as `── ppo (4/5) · resumes at step 40 ──`."""
-    stream = stream or sys.stdout
+    stream = _output(stream)
     text = f"{stage} ({position}/{total})" + (f" · {detail}" if detail else "")
     if stream.isatty():
         console = _console(stream)
         console.rule(f"[bold]{_escape(text)}[/bold]", align="left")
     else:
-        _print(f"── {text} ──", stream)
+        say(f"── {text} ──", stream)
 
 
-def _print(text: str, stream: TextIO) -> None:
-    """Prints a line; what the stream's encoding cannot hold becomes a question mark instead of an error."""
-    encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, errors="replace").decode(encoding), file=stream, flush=True)
+def _output(stream: TextIO | None) -> TextIO:
+    """`stream`, else standard output, or what stands for it where the process was started without one."""
+    return stream or sys.stdout or io.StringIO()
 
 
 def summary_table(run: RunFolder) -> RenderableType:
@@ -253,14 +255,13 @@ def _key_results(row: results.StageRow) -> str:
 
 def print_summary(run: RunFolder, stream: TextIO | None = None) -> None:
     """Prints `summary_table(run)`; without a terminal wide and without colours."""
-    stream = stream or sys.stdout
-    _console(stream).print(summary_table(run))
+    _console(_output(stream)).print(summary_table(run))
 
 
 def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
-    return Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
+    return Console(file=forgiving(stream), width=None if stream.isatty() else 160, highlight=False)
 
 
 def _escape(text: str) -> str:

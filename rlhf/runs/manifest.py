@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from rlhf.errors import EXIT_STOPPED, EXIT_SUCCESS
+from rlhf.errors import EXIT_STOPPED, EXIT_SUCCESS, Stopped
 from rlhf.runs import files, machine
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.jsonable import read_json
@@ -107,6 +108,11 @@ def update_stage(run: RunFolder, stage: str, **fields: Any) -> dict[str, Any]:
             fields["peak_memory_bytes"] = max(fields["peak_memory_bytes"], entry.get("peak_memory_bytes") or 0)
         entry.update(fields)
     return manifest
+
+
+def note_stop(run: RunFolder, stage: str, stopped: Stopped) -> None:
+    """Writes into a stage's entry by which signal it was stopped, and at which step: `stopped {signal, step}`."""
+    update_stage(run, stage, stopped={"signal": signal.Signals(stopped.number).name, "step": stopped.step})
 
 
 def finish_manifest(run: RunFolder, exit_status: int) -> dict[str, Any]:

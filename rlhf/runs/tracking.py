@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from rlhf.config.tracking import TrackingConfig
+from rlhf.errors import Stopped, StorageError
+from rlhf.runs import manifest
 from rlhf.runs.console import StageProgress
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.metrics_file import LineWriter, rewind
@@ -28,12 +31,14 @@ class Tracker:
         samples: LineWriter | None = None,
         progress: StageProgress | None = None,
         wandb: WandbLogger | None = None,
+        folder: RunFolder | None = None,
     ) -> None:
         self.stage = stage
         self._metrics = metrics
         self._samples = samples
         self._progress = progress
         self._wandb = wandb
+        self._folder = folder
 
     @classmethod
     def open(
@@ -64,6 +69,7 @@ class Tracker:
             LineWriter(folder.samples),
             progress,
             WandbLogger.open(folder, config, stage, run_config or {}, progress.message),
+            folder,
         )
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -103,12 +109,12 @@ class Tracker:
         if self._progress is not None:
             self._progress.message(text)
 
-    def close(self, *, failed: bool = False) -> None:
-        """Flushes and closes everything; closing again does nothing."""
+    def close(self, *, failed: bool = False, stopping: bool = False) -> None:
+        """Flushes and closes everything, in a hurry when `stopping`; closing again does nothing."""
         if self._progress is not None:
             self._progress.close()
         if self._wandb is not None:
-            self._wandb.close(failed=failed)
+            self._wandb.close(failed=failed, hurry=stopping)
         for writer in (self._metrics, self._samples):
             if writer is not None:
                 writer.close()
@@ -119,4 +125,16 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close(failed=error is not None)
+        stop = _stop_behind(error)
+        if isinstance(error, Stopped) and self._folder is not None and manifest.read_manifest(self._folder):
+            # Before anything that may take longer than a stop is given. A full disk is the next start's affair.
+            with suppress(StorageError):
+                manifest.note_stop(self._folder, self.stage, error)
+        self.close(failed=error is not None, stopping=stop)
+
+
+def _stop_behind(error: BaseException | None) -> bool:
+    """Whether the process was told to end, also where that went wrong."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None

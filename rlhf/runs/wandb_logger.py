@@ -12,6 +12,7 @@ import importlib.util
 import netrc
 import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,8 @@ from rlhf.runs.jsonable import to_jsonable
 Mode = Literal["online", "offline", "disabled"]
 INIT_SECONDS = 10.0
 FINISH_SECONDS = 60.0
+# A process that was told to end is killed before long.
+HURRIED_FINISH_SECONDS = 5.0
 _PUBLIC_SERVER = "https://api.wandb.ai"
 _OUTSIDE_WANDB = (OSError, RuntimeError, ValueError, TypeError)
 
@@ -175,13 +178,28 @@ class WandbLogger:
             table = wandb.Table(columns=columns, data=[[_cell(row.get(str(name))) for name in columns] for row in rows])
             self._run.log({f"{self.stage}/step": step, f"{self.stage}/samples": table}, step=line)
 
-    def close(self, *, failed: bool) -> None:
-        """Ends the connection, waiting a bounded time for uploads; what is missing can be sent by `wandb sync`."""
+    def close(self, *, failed: bool, hurry: bool = False) -> None:
+        """Ends the connection, waiting a bounded time for uploads; what is missing can be sent by `wandb sync`.
+
+        With `hurry` it waits `HURRIED_FINISH_SECONDS` at most, else `FINISH_SECONDS`.
+        """
         if self._run is None:
             return
         run, self._run = self._run, None
+        code = 1 if failed else 0
+        if not hurry:
+            self._finish(run, code)
+            return
+        # W&B's own limit is fixed when its run starts. The thread ends with the process.
+        finishing = threading.Thread(target=self._finish, args=(run, code), name="wandb-finish", daemon=True)
+        finishing.start()
+        finishing.join(HURRIED_FINISH_SECONDS)
+        if finishing.is_alive():
+            self._warn(f"W&B had not finished after {HURRIED_FINISH_SECONDS:g} s; wandb sync uploads what is missing.")
+
+    def _finish(self, run: Any, exit_code: int) -> None:
         with _Contained(self, "did not finish cleanly"):
-            run.finish(exit_code=1 if failed else 0)
+            run.finish(exit_code=exit_code)
 
     def give_up(self, doing: str, error: BaseException) -> None:
         """Warns and logs no more; called for the first failure."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def _check_stop(run: Run, stage: str, number: signal.Signals) -> int:
     assert (manifest["status"], manifest["exit_status"]) == ("interrupted", code)
     entry = manifest["stages"][stage]
     assert entry["status"] == "interrupted"
+    assert entry["stopped"]["signal"] == number.name
     step: int = entry["stopped"]["step"]
     assert f"stage {stage}: stopped by {number.name} at step {step}; a checkpoint was written" in said
     assert step in _checkpoints(run.path, stage)
@@ -92,6 +94,24 @@ def test_a_run_stopped_in_every_stage_ends_as_if_nothing_had_happened(undisturbe
     manifest = _stages_manifest(tmp_path / "run")
     assert [attempt["outcome"] for attempt in manifest["attempts"]] == [*["interrupted"] * 3, "finished"]
     assert manifest["stages"]["ppo"]["stopped"] is None
+
+
+def test_a_run_whose_reader_left_trains_on_and_stops_well(tmp_path: Path) -> None:
+    """As `rlhf run ... 2>&1 | head -1`, and Ctrl-C much later."""
+    reader, writer = os.pipe()
+    run = Run(tmp_path, *LONG, "sft.max_steps=100000", output=writer)
+    os.close(writer)
+    assert os.read(reader, 1) != b""
+    os.close(reader)
+    run.wait_for_step("sft", 14)
+    code, _, seconds = run.stop(signal.SIGINT)
+    assert code == 130
+    assert seconds < STOP_SECONDS
+    manifest = _stages_manifest(run.path)
+    assert (manifest["status"], manifest["exit_status"]) == ("interrupted", 130)
+    stopped = manifest["stages"]["sft"]["stopped"]
+    assert stopped["signal"] == "SIGINT"
+    assert _checkpoints(run.path, "sft") == [stopped["step"]]
 
 
 TWO_RANKS = (*LONG, "distributed.num_processes=2", "zero=stage2", "stages=[sft,ppo]")

@@ -12,14 +12,17 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 import rlhf
-from rlhf.distributed.launch import available_cores, launch, reserved_port, threads_per_rank
+from rlhf.distributed.launch import SignalWatch, _Ranks, available_cores, launch, reserved_port, threads_per_rank
 from rlhf.distributed.peers import LaunchResult, Placement, Word
+from rlhf.errors import Stopped
 
 MARK = "RLHF_TEST_MARK"
 
@@ -322,3 +325,72 @@ def test_whatever_the_other_nodes_say_a_rank_is_asked_to_end_once(tmp_path: Path
     result = launch(python(code), 1, peers=ScriptedPeers(words, ready=tmp_path / "ready"))
     assert result == LaunchResult(143, interrupted_by=15)
     assert (tmp_path / "asked").read_text() == "x"
+
+
+ASKED = """
+    import pathlib, signal, sys, time
+    def end(*_):
+        {ending}
+    signal.signal(signal.SIGTERM, end)
+    pathlib.Path({ready!r}).touch()
+    while True:
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "rest"),
+    [
+        ("sys.exit(143)", LaunchResult(143)),
+        ("signal.signal(15, signal.SIG_DFL); signal.raise_signal(15)", LaunchResult(143)),
+        (
+            "print('No space left'); sys.exit(1)",
+            LaunchResult(143, while_stopping=(LaunchResult(1, rank=1, log_tail="No space left"),)),
+        ),
+        ("signal.raise_signal(9)", LaunchResult(143, while_stopping=(LaunchResult(137, rank=1),))),
+        ("pass", LaunchResult(143, killed=True)),
+    ],
+    ids=["well", "by_the_signal", "full_disk", "out_of_memory", "not"],
+)
+def test_what_goes_wrong_while_stopping_is_kept(tmp_path: Path, mark: str, ending: str, rest: LaunchResult) -> None:
+    ready = tmp_path / "ready"
+    code = python(ASKED.format(ending=ending, ready=str(ready)))
+    peers = ScriptedPeers([Word(signal=15)], ready=ready)
+    result = launch(code, 1, log_folder=tmp_path, peers=peers, grace_seconds=1.0)
+    assert result == replace(rest, interrupted_by=15)
+    assert peers.failures == list(rest.while_stopping)
+
+
+def test_what_goes_wrong_elsewhere_while_stopping_is_kept(tmp_path: Path, mark: str) -> None:
+    ready, full = tmp_path / "ready", LaunchResult(1, rank=0, log_tail="No space left", where="node 0 (other)")
+    code = python(ASKED.format(ending="time.sleep(0.3); sys.exit(143)", ready=str(ready)))
+    peers = ScriptedPeers([Word(signal=15), Word(full)], ready=ready)
+    result = launch(code, 1, log_folder=tmp_path, peers=peers)
+    assert result == LaunchResult(143, interrupted_by=15, while_stopping=(full,))
+
+
+def test_a_signal_after_the_last_look_is_not_lost(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = _Ranks.__exit__
+
+    def leave_late(self: _Ranks, *error: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        leave(self, *error)
+
+    monkeypatch.setattr(_Ranks, "__exit__", leave_late)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        launch(python(""), 1)
+    # Whoever watches around the launch gets it instead; and a failure is no success because of it.
+    with SignalWatch() as watch:
+        assert launch(python(""), 1) == LaunchResult(0)
+        assert watch.received == [signal.SIGTERM]
+    assert launch(python("import sys; sys.exit(3)"), 1).exit_code == 3
+
+
+def test_a_ctrl_c_before_the_stage_is_the_first_of_two(mark: str) -> None:
+    code = python(
+        f"import os, signal, time; signal.signal(15, signal.SIG_IGN); os.kill({os.getpid()}, 2); time.sleep(9)"
+    )
+    with SignalWatch() as watch:
+        signal.raise_signal(signal.SIGINT)
+        assert launch(code, 1) == LaunchResult(130, interrupted_by=2, killed=True)
+    assert watch.received == [signal.SIGINT] * 2

@@ -79,9 +79,11 @@ def test_two_nodes_of_one_rank_are_told_apart(tmp_path: Path, mark: str) -> None
     assert second.returncode == 2
     third = start_node(settings, 2)
     wait_for(*(tmp_path / f"ready{rank}" for rank in range(3)))
-    # One that comes when the run goes on already hears the same, and disturbs nothing.
+    # One that comes when the run goes on already hears so, and disturbs nothing.
     late = start_node(settings, 2)
-    assert "node_rank=2" in outputs(late)[0]
+    assert "has all its 3 nodes already, and this one wants to be distributed.node_rank=2" in outputs(late)[0]
+    assert late.returncode == 2
+    assert not list(tmp_path.glob(".nodes-*"))
     nodes[0].terminate()
     outputs(*nodes, third)
     assert [node.returncode for node in (*nodes, third)] == [143, 143, 143]
@@ -144,6 +146,7 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path: Path, monkeypatch: pytes
     assert "these did not come" in str(failures[0])
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_strangers_are_not_let_in_and_disturb_nothing(tmp_path: Path) -> None:
     place = free_place(0)
     failures: list[BaseException] = []
@@ -151,7 +154,7 @@ def test_strangers_are_not_let_in_and_disturb_nothing(tmp_path: Path) -> None:
     token = next_secret(tmp_path).stem.removeprefix(".nodes-")
     secret = Secret.read(tmp_path, token)
     assert secret is not None
-    for claim in ("", "0" * 64, proof(secret.value, "leader", "their challenge", "n", 1), 5):
+    for claim in ("", "0" * 64, "\ud800", proof(secret.value, "leader", "their challenge", "n", 1), 5):
         connection = socket.create_connection((place.host, place.port))
         lines = Lines(connection, 5)
         challenge = lines.receive()
@@ -159,7 +162,7 @@ def test_strangers_are_not_let_in_and_disturb_nothing(tmp_path: Path) -> None:
         lines.send("hello", node_rank=1, nonce="n", proof=claim, config={"a": 1}, protocol="rlhf-nodes/1")
         with pytest.raises(ChannelError, match="closed the connection"):
             lines.receive()
-    for rubbish in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"\xff\n", b"x" * (1 << 21)):
+    for rubbish in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"\xff\n", b"[" * 200_000 + b"\n", b"x" * (1 << 21)):
         with socket.create_connection((place.host, place.port)) as connection, suppress(OSError):
             connection.sendall(rubbish)  # which node 0 need not take to its end
     # A leader that cannot prove itself is not obeyed, and the real node still gets in.
@@ -197,6 +200,17 @@ def test_a_proof_holds_for_one_side_and_one_challenge() -> None:
     assert not proves(made, "ab" * 32, "follower", "another", "nonce", 1)
     assert not proves(made, "ab" * 32, "follower", "challenge", "nonce", 2)
     assert not proves(made, "cd" * 32, "follower", "challenge", "nonce", 1)
+
+
+def test_brackets_without_end_are_no_message() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        other.settimeout(5)
+        sender = threading.Thread(target=other.sendall, args=(b"[" * 200_000 + b"\n",))
+        sender.start()
+        with pytest.raises(ChannelError, match="no message"):
+            Lines(one, 5).receive()
+        sender.join()
 
 
 def test_the_last_message_before_the_end_arrives(tmp_path: Path) -> None:

@@ -170,7 +170,56 @@ def test_the_job_runs_the_same_arguments_here(tmp_path: Path, monkeypatch: pytes
     assert told == "a  b"
     start = arguments.index("/opt/my python")
     kept = [ARGUMENTS[0], *ARGUMENTS[4:]]
-    assert arguments[start + 1 :] == ["-m", "rlhf", "run", *kept, "launcher.type=local"]
+    assert arguments[start + 1 :] == ["-m", "rlhf", "run", *kept, "launcher.type=local", "distributed.stop_seconds=100"]
+
+
+def test_the_job_may_use_the_time_between_slurm_s_warning_and_the_limit(tmp_path: Path) -> None:
+    assert script_of(tmp_path, "launcher.signal_seconds=300").endswith(" distributed.stop_seconds=280\n")
+    for arguments in (["launcher.signal_seconds=40"], ["distributed.stop_seconds=200"]):
+        assert "stop_seconds" not in script_of(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["distributed.num_processes=2"], "--cpus-per-task=8"),
+        (["distributed.num_processes=2", "distributed.num_threads=3"], "--cpus-per-task=6"),
+        (["distributed.num_processes=2", "launcher.cpus_per_task=5"], "--cpus-per-task=5"),
+        (["launcher.extra=['--cpus-per-gpu=7']"], None),
+        (["launcher.extra=['-c 7']"], None),
+    ],
+)
+def test_a_task_gets_cores_for_all_its_processes(tmp_path: Path, arguments: list[str], expected: str | None) -> None:
+    script = script_of(tmp_path, *arguments)
+    step = shlex.split(script.splitlines()[-1])
+    for options in (directives(script), step[: step.index("-m")]):
+        assert [option for option in options if option.startswith("--cpus-per-task")] == (
+            [expected] if expected else []
+        )
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x85"])
+def test_a_control_character_in_a_path_does_not_become_a_line_of_the_script(tmp_path: Path, character: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot write --output=.*run\.dir, run\.root and experiment"):
+        script_of(tmp_path / f"a{character}touch here")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("gpu[03-05,9],login", "gpu03"),
+        ("rack[0-1]node[02-3]", "rack0node02"),
+        ("gpu[01-02]-ib", "gpu01-ib"),
+        ("r[7,9]n[1,3-4]-ib,other[1-2]", "r7n1-ib"),
+        ("n1-ib,n2-ib", "n1-ib"),
+        ("a", "a"),
+        ("", ""),
+    ],
+)
+def test_the_first_host_of_a_list(hosts: str, first: str) -> None:
+    env = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": hosts}
+    adopt_slurm(env)
+    assert env["MASTER_ADDR"] == (first or "127.0.0.1")
 
 
 def test_a_line_break_in_a_line_is_refused() -> None:

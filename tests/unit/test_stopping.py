@@ -6,14 +6,19 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf import supervisor
 from rlhf.distributed import stopping
+from rlhf.distributed.peers import LaunchResult
 from rlhf.errors import EXIT_STOPPED, Stopped, describe_stop
+from rlhf.runs import manifest
+from rlhf.runs.folder import RunFolder
 from rlhf.stages.ppo import loop
 from rlhf.stages.ppo.prepare import prepare_job
 from tests.command import environment
@@ -142,6 +147,73 @@ def test_the_message_says_what_is_on_disk() -> None:
     assert "at step 12; a checkpoint was written; the same command goes on from there" in describe_stop(15, 12)
     assert "before the first step" in describe_stop(2, 0)
     assert str(Stopped(2)) == "stopped by SIGINT; the same command goes on where it stopped"
+
+
+@pytest.mark.parametrize(
+    ("result", "note", "said"),
+    [
+        (LaunchResult(143, killed=True), {"signal": "SIGTERM", "step": 4}, ["at step 4; a checkpoint was written"]),
+        (LaunchResult(143, killed=True), None, ["without time for a checkpoint"]),
+        (LaunchResult(143), None, ["stopped by SIGTERM; the same command goes on where it stopped"]),
+        (
+            LaunchResult(143, while_stopping=(LaunchResult(1, rank=1, log_tail="No space left"),)),
+            None,
+            [
+                "rank 1 failed while stopping; the end of its log:\nNo space left",
+                "but could not write its checkpoint: rank 1 ended with exit code 1;",
+            ],
+        ),
+    ],
+    ids=["saved", "killed", "nothing_to_save", "full_disk"],
+)
+def test_the_message_says_why_there_is_no_checkpoint(
+    result: LaunchResult, note: dict[str, Any] | None, said: list[str]
+) -> None:
+    lines = list(supervisor._ending("ppo", result, 15, note))
+    assert len(lines) == len(said)
+    for line, part in zip(lines, said, strict=True):
+        assert part in line
+
+
+def test_other_ranks_wait_until_the_stop_is_written_down(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    began = time.monotonic()
+    supervisor._wait_for_note(run, 20)  # no manifest can be read here
+    assert time.monotonic() - began < 1
+    manifest.start_manifest(run, command=["rlhf"], config={}, config_hash="", seed=0, stages=["sft"])
+    began = time.monotonic()
+    supervisor._wait_for_note(run, 0.2)
+    assert time.monotonic() - began >= 0.2
+    writer = threading.Timer(0.3, manifest.finish_manifest, (run, 143))
+    writer.start()
+    began = time.monotonic()
+    supervisor._wait_for_note(run, 20)
+    writer.join()
+    assert 0.2 < time.monotonic() - began < 5
+
+
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(tmp_path: Path) -> None:
+    script = """
+    import builtins, signal
+    real = builtins.__import__
+    def load(name, *arguments, **keywords):
+        if name == "rlhf.config.compose":
+            signal.raise_signal(signal.SIGINT)
+        return real(name, *arguments, **keywords)
+    builtins.__import__ = load
+    from rlhf.cli import main
+    main(["run", "experiment=smoke", "run.dir=run"])
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = "rlhf: stopped by SIGINT; the same command goes on where it stopped\n"
+    assert (result.returncode, result.stderr) == (130, said)
 
 
 class _Ranks:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 import pytest
 
 from rlhf.config.tracking import TrackingConfig
-from rlhf.errors import DiskFullError
-from rlhf.runs import wandb_logger
+from rlhf.errors import DiskFullError, Stopped
+from rlhf.runs import manifest, wandb_logger
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.metrics_file import rewind
 from rlhf.runs.tracking import Tracker
@@ -191,6 +192,36 @@ def test_wandb_gets_one_run_for_all_stages(tmp_path: Path, wandb: FakeWandb) -> 
     # W&B's own step goes on from stage to stage.
     assert [step for step, values in sft.logged + ppo.logged if "sft/samples" not in values] == [0, 1, 2, 3, 4]
     assert (sft.exit_code, ppo.exit_code) == (0, 0)
+
+
+def test_a_stop_is_written_down_before_a_slow_wandb_and_does_not_wait_for_it(
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    manifest.start_manifest(run, command=["rlhf"], config={}, config_hash="", seed=0, stages=["sft"])
+    monkeypatch.setattr(wandb_logger, "HURRIED_FINISH_SECONDS", 0.2)
+    slow, noted = threading.Event(), []
+
+    def finish(self: FakeRun, exit_code: int) -> None:
+        noted.append((exit_code, manifest.read_manifest(run)["stages"]["sft"].get("stopped")))
+        slow.wait(20)
+
+    monkeypatch.setattr(FakeRun, "finish", finish)
+    began = time.monotonic()
+    try:
+        with pytest.raises(Stopped), Tracker.open(run, TrackingConfig(), "sft", 5):
+            raise Stopped(15, 3)
+        assert time.monotonic() - began < 5
+        # A stop that went wrong is in as much of a hurry.
+        full = DiskFullError("no room")
+        full.__context__ = Stopped(15)  # as where it is raised by what answers the stop
+        with pytest.raises(DiskFullError), Tracker.open(run, TrackingConfig(), "sft", 5):
+            raise full
+        assert time.monotonic() - began < 10
+    finally:
+        slow.set()
+    assert noted == [(1, {"signal": "SIGTERM", "step": 3})] * 2
+    assert capsys.readouterr().out.count("W&B had not finished after 0.2 s") == 2
 
 
 def test_wandb_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wandb: FakeWandb) -> None:
