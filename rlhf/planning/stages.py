@@ -316,14 +316,12 @@ def _frozen(config: RLHFConfig, sources: Sources, lora: LoRAConfig | None, setti
 
 
 def _load_ppo(ppo: _PPO) -> Phase:
-    setting, sources = ppo.setting, ppo.sources
+    setting, sources, runtime = ppo.setting, ppo.sources, ppo.setting.runtime_width
     models = []
-    runtime = setting.runtime_width
     # ZeRO-3 places and shares out one parameter at a time: nothing is whole on a device.
     whole = 0 if setting.stage == 3 else setting.trained_width
     frozen_whole = 0 if setting.zero.shard_frozen else 1
     if ppo.lora is not None:
-        # The engine gets the base in the precision that it computes in.
         models.append(_loaded(sources.policy, ppo.policy.total, runtime, min(whole, runtime)))
     else:
         models.append(_loaded(sources.policy, ppo.policy.total, 4, whole))
@@ -334,20 +332,17 @@ def _load_ppo(ppo: _PPO) -> Phase:
             models.append(_loaded(sources.critic, ppo.critic.scalar_total, 4, whole))
     for source in sources.rewards:
         if ppo.lora is None or not source.adapter:
-            total = source.architecture.scalar_total
-            models.append(_loaded(source, total, runtime, runtime * frozen_whole, trained=False))
+            placed = runtime * frozen_whole
+            models.append(_loaded(source, source.architecture.scalar_total, runtime, placed, trained=False))
     return load_phase(models, ppo.module, setting, frozen=ppo.frozen, shared_out=True)
 
 
 def kv_cache_bytes(architecture: Architecture, rows: int, lengths: Lengths, setting: Setting) -> float:
-    """Keys and values of all layers for whole sequences; of an encoder-decoder model both caches.
-
-    Room for prompt and longest response is taken at once. Under autocast rotated keys are float32 and values bfloat16.
-    """
+    """Keys and values of all layers for whole sequences, taken at once; of an encoder-decoder model both caches."""
+    # Under autocast rotated keys are float32 and values bfloat16.
     width = 3.0 if setting.autocast else setting.runtime_width
-    return (
-        2 * rows * architecture.num_kv_heads * architecture.head_size * lengths.whole * architecture.num_layers * width
-    )
+    caches = 2 * architecture.num_kv_heads * architecture.num_layers
+    return caches * architecture.head_size * rows * lengths.whole * width
 
 
 def _rollout(ppo: _PPO) -> Phase:
