@@ -83,9 +83,9 @@ def _manifest(expected: Path, found: Path) -> list[str]:
 
 
 def _first_line(expected: Path, found: Path) -> str:
-    ours, theirs = expected.read_bytes().split(b"\n"), found.read_bytes().split(b"\n")
+    ours, theirs = expected.read_bytes().splitlines(keepends=True), found.read_bytes().splitlines(keepends=True)
     number = next((n for n, pair in enumerate(zip(ours, theirs, strict=False), 1) if pair[0] != pair[1]), None)
-    place = f"line {number}" if number is not None else f"{len(theirs) - 1} lines instead of {len(ours) - 1}"
+    place = f"line {number}" if number is not None else f"{len(theirs)} lines instead of {len(ours)}"
     return f"{expected.name}: {place}"
 
 
