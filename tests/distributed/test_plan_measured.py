@@ -12,7 +12,7 @@ import pytest
 
 from tests.command import environment
 
-CASES = ("sft", "reward_model zero2", "ppo long, chunked", "sft lora zero2", "sft zero3 x2")
+CASES = ("reward_model zero2", "ppo long, chunked", "sft lora zero2", "sft zero3 x2")
 
 
 @pytest.mark.distributed

@@ -98,25 +98,6 @@ def test_a_changed_key_runs_again_what_depends_on_it_and_nothing_else(finished: 
     assert len(metrics_of(run, "ppo")) == 3
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo"])
-def test_a_run_killed_in_a_stage_goes_on_as_if_nothing_had_happened(stage: str, finished: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = subprocess.Popen(
-        command("run", *SMOKE, "run.dir=run"), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL
-    )
-    # The first checkpoint of the stage is there: work after it is lost, work before it is not done again.
-    checkpoints = run / "stages" / stage / "checkpoints"
-    wait_for(checkpoints / ("checkpoint-1" if stage == "ppo" else "checkpoint-2"), process)
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in tree:
-        member.send_signal(signal.SIGKILL)
-    process.wait()
-    result = rlhf_command("run", *SMOKE, "run.dir=run", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert _trained(run) == _trained(finished)
-    assert _all_metrics(run) == _all_metrics(finished)
-
-
 def test_ctrl_c_ends_with_130_and_leaves_no_process(finished: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("run", *SMOKE, "run.dir=run"),
