@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 
 HUB_SECONDS = 10.0
 # A gateway says so in the place of a server that does not answer.
@@ -45,8 +46,7 @@ def _ask(url: str, seconds: float) -> str | None:
         return str(getattr(reason, "strerror", None) or reason)
     except TimeoutError:
         return f"no answer within {seconds:g} s"
-    # What is no address, or no HTTP: http.client and urllib have several types for it.
-    except Exception as error:  # noqa: BLE001
+    except (HTTPException, OSError, ValueError) as error:  # what is no HTTP, a broken connection, no address
         return str(error) or type(error).__name__
 
 

@@ -187,7 +187,7 @@ class _Joining:
                 self.seen_at = time.monotonic()
                 try:
                     return self._introduce(Lines(connection, _ANSWER_SECONDS))
-                except BaseException:
+                except BaseException:  # a signal as well: whatever it is rises, with the socket closed
                     connection.close()
                     raise
             except (OSError, ChannelError) as error:

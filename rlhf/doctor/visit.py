@@ -89,8 +89,7 @@ def guarded(name: str, check: _Check) -> list[Finding]:
     """What a check found; one that fails itself is a red finding, so that the others are still shown."""
     try:
         found = check()
-    # The machine is sick in a way that nobody foresaw; saying so is the doctor's whole purpose.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - sick in a way nobody foresaw: saying so is the doctor's purpose
         found = red(
             name, f"the check itself failed: {type(error).__name__}: {error}", "report this as a mistake of rlhf"
         )

@@ -80,7 +80,7 @@ def count_activations(architecture: Architecture, shape: PassShape, lora: LoRACo
     try:
         two = _run(architecture, shape, lora, 2)
         one = _run(architecture, shape, lora, 1) if shape.gradients else two
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, ConfigError):
+    except (RuntimeError, TypeError, ValueError, ConfigError):
         # Meta kernels that need values raise several kinds of errors.
         return _estimated(architecture, shape)
     block = two.kept - one.kept

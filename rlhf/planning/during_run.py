@@ -55,8 +55,7 @@ def _predict(config: RLHFConfig, stage: TrainedStage, inputs: Mapping[str, str],
     try:
         setting = running_setting(config, runtime)
         phases = stage_phases(stage, config, find_sources(config, inputs), setting)
-    # A plan is an extra of a run: whatever is wrong with it must not end a training that would have worked.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - an extra: whatever is wrong with it must not end a training
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         say(f"memory: no prediction ({reason})")
         return None
