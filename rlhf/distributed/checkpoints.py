@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,8 +22,10 @@ from typing import TypedDict
 from rlhf.errors import ArtifactError, UserError
 
 MARKER = "checkpoint.json"
-_FORMAT = 2
+_FORMAT = 3
 _NAME = re.compile(r"checkpoint-(\d+)")
+# In a damaged checkpoint that was set aside: what is wrong with it.
+_DAMAGE = "damage.txt"
 # Files a reader looks for by their kind.
 _INDEXES = ("pieces-*.json", "rank-*.json")
 # Network and user-space file systems that cannot sync a folder.
@@ -82,31 +85,57 @@ def commit(folder: Path, shape: CheckpointShape, files: Mapping[str, FileEntry])
     _sync_folder(folder.parent)
 
 
-def file_trouble(folder: Path, name: str, entry: FileEntry) -> str | None:
-    """What is wrong with a file of the checkpoint; None when it is as it was written. The file is read and hashed."""
-    path = folder / name
+def size_trouble(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
+    """The first file that is missing or has another size; None when there is none. No file is read.
+
+    Raises `UserError` where the file system does not tell.
+    """
+    for name, entry in files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except FileNotFoundError:
+            return f"{folder} is not a whole checkpoint: {name} is missing"
+        except OSError as error:
+            raise _unreadable(folder / name, error) from error
+        if size != entry["size"]:
+            return f"{folder} is not a whole checkpoint: {name} has {size} bytes instead of {entry['size']}"
+    return None
+
+
+def hash_trouble(folder: Path, name: str, entry: FileEntry) -> str | None:
+    """Reads and hashes a file that is there; None when it is as it was written.
+
+    Raises `UserError` when it cannot be read: a stale handle or too many open files pass, so that is no damage.
+    """
     try:
-        if not path.is_file():
-            trouble = "is missing"
-        elif path.stat().st_size != entry["size"]:
-            trouble = f"has {path.stat().st_size} bytes instead of {entry['size']}"
-        elif hash_file(path) != entry["sha256"]:
-            trouble = "was altered: its hash differs"
-        else:
-            return None
-    except OSError as error:  # a bad sector, say
-        trouble = f"cannot be read ({error.strerror})"
-    return f"{folder} is not a whole checkpoint: {name} {trouble}"
+        whole = hash_file(folder / name) == entry["sha256"]
+    except OSError as error:
+        raise _unreadable(folder / name, error) from error
+    return None if whole else f"{folder} is not a whole checkpoint: {name} was altered: its hash differs"
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read ({error.strerror or error}) on {socket.gethostname()}. Whether the checkpoint is whole "
+        "cannot be told, so it was left as it is. Run the same command again when the file system answers; if it never "
+        f"does, move {path.parent} away, and the training goes on from the checkpoint before"
+    )
 
 
 def read_marker(folder: Path) -> tuple[CheckpointShape, dict[str, FileEntry]]:
     """Who wrote the checkpoint, and its files by their names in the folder.
 
-    Raises `ArtifactError` when the marker is missing or damaged, or a file of a kind that is read is not in it, and
-    `ForeignCheckpointError` for another format.
+    Raises `ArtifactError` when the marker is missing or damaged, or a file of a kind that is read is not in it,
+    `ForeignCheckpointError` for another format, and `UserError` when the marker cannot be read.
     """
     try:
-        marker = json.loads((folder / MARKER).read_text())
+        text = (folder / MARKER).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ArtifactError(f"{folder} is not a whole checkpoint: its marker {MARKER} is missing") from error
+    except OSError as error:
+        raise _unreadable(folder / MARKER, error) from error
+    try:
+        marker = json.loads(text)
         digest, version = marker.pop("sha256", None), marker["format"]
         if version != _FORMAT and digest in (None, _digest(marker)):
             raise ForeignCheckpointError(
@@ -119,7 +148,7 @@ def read_marker(folder: Path) -> tuple[CheckpointShape, dict[str, FileEntry]]:
             for name, entry in marker["files"].items()
         }
         unlisted = {path.name for kind in _INDEXES for path in folder.glob(kind)} - files.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{folder} is not a whole checkpoint: its marker {MARKER} cannot be read ({error})"
         ) from error
@@ -143,29 +172,50 @@ def checkpoints_in(parent: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def set_aside(folder: Path) -> None:
+def set_aside(folder: Path, trouble: str) -> None:
     """Gives a damaged checkpoint a name under which nobody takes it for one, or keeps it instead of a whole one.
 
-    The next `prune_checkpoints` removes it. Where that cannot be done, it stays.
+    `trouble` is what is wrong with it, which `damaged_ones` tells. Where that cannot be done, it stays.
     """
+    with suppress(OSError):
+        (folder / _DAMAGE).write_text(trouble, encoding="utf-8")
     with suppress(OSError):
         aside = folder.with_name(folder.name + ".damaged")
         _delete(aside)
         folder.rename(aside)
 
 
-def prune_checkpoints(parent: Path, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints, and what unfinished saves and damage left. For one rank to call.
+def damaged_ones(parent: Path) -> list[str]:
+    """What is wrong with each checkpoint that was set aside and is still there."""
+    found = []
+    for folder in sorted(parent.glob("checkpoint-*.damaged")):
+        try:
+            found.append((folder / _DAMAGE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found.append(f"{folder} is not a whole checkpoint")
+    return found
 
-    What cannot be removed (a network file system keeps files that are open) is left for the next time: that is no
-    reason to end a training.
+
+def prune_checkpoints(parent: Path, keep: int) -> None:
+    """Removes all but the `keep` newest checkpoints, and what unfinished saves left. For one rank to call.
+
+    Damaged ones go when there are `keep` others. What cannot be removed (a network file system keeps files that are
+    open) is left for the next time: that is no reason to end a training.
     """
-    for folder in checkpoints_in(parent)[:-keep]:
+    checkpoints = checkpoints_in(parent)
+    for folder in checkpoints[:-keep]:
         with suppress(OSError):
             _remove(folder)
-    for left_over in [
-        path for kind in ("partial", "removed", "damaged") for path in parent.glob(f"checkpoint-*.{kind}")
-    ]:
+    _sweep(parent, "partial", "removed", *(["damaged"] if len(checkpoints) >= keep else []))
+
+
+def sweep_removed(parent: Path) -> None:
+    """Removes what is left of checkpoints whose removal was cut short. For one rank to call."""
+    _sweep(parent, "removed")
+
+
+def _sweep(parent: Path, *kinds: str) -> None:
+    for left_over in [path for kind in kinds for path in parent.glob(f"checkpoint-*.{kind}")]:
         with suppress(OSError):
             _delete(left_over)
 

@@ -266,7 +266,8 @@ class TrainingEngine:
         then goes on as it would have but for rounding, if its global batches stay what they were. `verified`: the
         folder comes from `find_checkpoint`, which has read and hashed it.
 
-        Raises `ArtifactError`, on all ranks, when the folder is not whole or belongs to another training.
+        Tensors of `shared` are parts of the file: copy what is kept. Raises `ArtifactError`, on all ranks, when the
+        folder is not whole or belongs to another training.
         """
         body, extra = self._checkpoints.load(folder, verified=verified)
         self._checkpoints.set_generators(folder)

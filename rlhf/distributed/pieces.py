@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+WEIGHTS, FROZEN, BUFFERS = "weights", "frozen", "buffers"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -51,8 +53,9 @@ class TrainingPieces:
     """This rank's part of a training.
 
     `trained`: the weights the optimiser holds. `frozen`, `buffers`: as the module holds them. `replicated`,
-    `frozen_replicated`: every rank has the same trained, or frozen, pieces; buffers always are. `written`: to be
-    called after the pieces were overwritten, on all ranks: it brings the module in line with the optimiser.
+    `frozen_replicated`: every rank has the same trained, or frozen, pieces; buffers always are. `shapes`: the
+    module's own, by `WEIGHTS`, `FROZEN` or `BUFFERS` and by name. `written`: to be called after the pieces were
+    overwritten, on all ranks: it brings the module in line with the optimiser.
     """
 
     optimizer: Optimizer
@@ -61,6 +64,7 @@ class TrainingPieces:
     buffers: list[Piece]
     replicated: bool
     frozen_replicated: bool
+    shapes: dict[str, dict[str, list[int]]]
     written: Callable[[], None]
 
 
@@ -74,6 +78,11 @@ def training_pieces(module: nn.Module, optimizer: Optimizer, sharded: Any = None
     kept = module.state_dict().keys()
     buffers = [Piece(name, 0, _flat(value)) for name, value in module.named_buffers() if name in kept]
     frozen = [(name, value) for name, value in module.named_parameters() if not value.requires_grad]
+    shapes = {
+        WEIGHTS: {name: _shape(value) for name, value in module.named_parameters() if value.requires_grad},
+        FROZEN: {name: _shape(value) for name, value in frozen},
+        BUFFERS: {name: _shape(value) for name, value in module.named_buffers() if name in kept},
+    }
     if stage == 3:
         if sharded.optimizer.swap_optimizer:
             raise RuntimeError("a training whose optimiser is swapped to NVMe cannot be saved or resumed")
@@ -84,6 +93,7 @@ def training_pieces(module: nn.Module, optimizer: Optimizer, sharded: Any = None
             buffers=buffers,
             replicated=False,
             frozen_replicated=False,
+            shapes=shapes,
             written=lambda: _take_over_stage3(sharded.optimizer),
         )
     whole = [Piece(name, 0, _flat(value.data)) for name, value in frozen]
@@ -93,7 +103,7 @@ def training_pieces(module: nn.Module, optimizer: Optimizer, sharded: Any = None
             for name, value in module.named_parameters()
             if value.requires_grad
         ]
-        return TrainingPieces(optimizer, trained, whole, buffers, True, True, lambda: None)
+        return TrainingPieces(optimizer, trained, whole, buffers, True, True, shapes, lambda: None)
     return TrainingPieces(
         optimizer=sharded.optimizer.optimizer,
         trained=list(_slots_of_stage12(module, sharded.optimizer)),
@@ -101,6 +111,7 @@ def training_pieces(module: nn.Module, optimizer: Optimizer, sharded: Any = None
         buffers=buffers,
         replicated=False,
         frozen_replicated=True,
+        shapes=shapes,
         written=lambda: _take_over_stage12(sharded.optimizer),
     )
 
@@ -108,6 +119,11 @@ def training_pieces(module: nn.Module, optimizer: Optimizer, sharded: Any = None
 def _flat(tensor: Tensor) -> Tensor:
     """A view; parameters and what optimisers keep of them are contiguous."""
     return tensor.detach().view(-1)
+
+
+def _shape(value: Any) -> list[int]:
+    """The whole one, also of a parameter that DeepSpeed has taken apart."""
+    return list(getattr(value, "ds_shape", value.shape))
 
 
 def _names(module: nn.Module) -> dict[int, str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.distributed.runtime import Runtime
+
+# Before DeepSpeed has replaced it.
+_LINEAR = torch.nn.functional.linear
 
 
 def place(module: nn.Module, runtime: Runtime, config: Mapping[str, Any] | None) -> None:
@@ -45,10 +49,25 @@ def share_out(module: nn.Module, runtime: Runtime, **options: Any) -> None:
     _broadcast(list(module.buffers()), runtime)
     deepspeed.zero.Init(
         module=module,
-        mem_efficient_linear=False,  # it would replace torch's linear for the whole process
+        # Nothing keeps frozen weights for a backward pass. With a configuration, what that says holds instead.
+        mem_efficient_linear=False,
         dtype=next(module.parameters()).dtype,
         **options,
     )
+
+
+@contextmanager
+def linear_put_back() -> Iterator[None]:
+    """Puts torch's own linear back on leaving, where training under ZeRO-3 has replaced it for the whole process.
+
+    DeepSpeed's keeps no gathered weights from the forward to the backward pass, which training needs; but it rounds in
+    another way, and what comes after must not depend on whether there was a training in this process.
+    """
+    try:
+        yield
+    finally:
+        if str(torch.nn.functional.linear.__module__).startswith("deepspeed"):
+            torch.nn.functional.linear = _LINEAR
 
 
 def _broadcast(tensors: list[Tensor], runtime: Runtime) -> None:

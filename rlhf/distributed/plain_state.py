@@ -24,14 +24,19 @@ def write_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     body = _without_tensors(state, "", tensors)
+    _separate(tensors)
     if tensors:
         save_file(tensors, folder / f"{name}.safetensors")
     # Python's own dialect: a NaN stays one, and a float is read as the same float.
     (folder / f"{name}.json").write_text(json.dumps(body), encoding="utf-8")
 
 
-def read_state(folder: Path, name: str) -> dict[str, Any]:
-    """What `write_state` wrote. Raises `ArtifactError` when it is not there or is something else."""
+def read_state(folder: Path, name: str, *, mapped: bool = False) -> dict[str, Any]:
+    """What `write_state` wrote. Raises `ArtifactError` when it is not there or is something else.
+
+    `mapped`: the tensors are parts of the file, which take no memory until they are looked at. What is kept of them is
+    to be `copied`: a network file system cannot remove a file that is in use.
+    """
     try:
         body = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         if not isinstance(body, dict):
@@ -40,18 +45,37 @@ def read_state(folder: Path, name: str) -> dict[str, Any]:
         path = folder / f"{name}.safetensors"
         if path.exists():
             with safe_open(path, framework="pt") as file:
-                # Copies: what is read stays a part of the file, which a network file system then cannot remove.
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - it is no dict
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
         state: dict[str, Any] = _with_tensors(body, tensors)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"the state {folder / name}.json cannot be read: {error}") from error
-    return state
+    return state if mapped else copied(state)
+
+
+def copied(value: Any) -> Any:
+    """A state, or a part of one, with tensors in memory of their own."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: copied(inner) for key, inner in value.items()}
+    return [copied(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> None:
+    """Brings the tensors to the CPU, each contiguous and in a storage of its own, which a file of them takes."""
+    taken: set[int] = set()
+    for place, value in tensors.items():
+        own = value.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != own.nbytes:
+            own = own.clone()
+        taken.add(own.untyped_storage().data_ptr())
+        tensors[place] = own
 
 
 def _without_tensors(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        # A copy of its own: views of one storage do not go into one file.
-        tensors[place] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[place] = value
         return {_TENSOR: place}
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) and key != _TENSOR for key in value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from torch.optim import Optimizer
 from rlhf.distributed.checkpoints import (
     CheckpointShape,
     FileEntry,
-    ForeignCheckpointError,
     checkpoints_in,
     commit,
-    file_trouble,
+    damaged_ones,
     hash_and_sync,
+    hash_trouble,
     partial_folder,
     read_marker,
     set_aside,
+    size_trouble,
+    sweep_removed,
 )
 from rlhf.distributed.pieces import TrainingPieces, training_pieces
 from rlhf.distributed.plain_state import read_state, write_state
@@ -34,6 +36,7 @@ from rlhf.distributed.training_files import frozen_checksum, read_training, writ
 from rlhf.errors import ArtifactError, UserError
 
 _SHARED = "shared"
+_PASSED_OVER = "passed over a damaged checkpoint: "
 
 
 class TrainingCheckpoints:
@@ -79,49 +82,64 @@ class TrainingCheckpoints:
             "learning_rates": [float(group["lr"]) for group in pieces.optimizer.param_groups],
             "shared": dict(shared),
         }
-        entries: dict[str, FileEntry] = {}
-        failure: Exception | None = None
+        states: dict[str, Mapping[str, Any]] = {
+            f"rank-{runtime.rank:05d}": {"generators": generator_states(runtime.device), "own": dict(own or {})}
+        }
+        if runtime.is_main:
+            states[_SHARED] = head
         try:
-            write_training(partial, pieces, runtime.rank, with_frozen=frozen_changed)
-            rank_name = f"rank-{runtime.rank:05d}"
-            write_state(partial, rank_name, {"generators": generator_states(runtime.device), "own": dict(own or {})})
-            if runtime.is_main:
-                write_state(partial, _SHARED, head)
-            mine = list(partial.glob(f"*-{runtime.rank:05d}.*"))
-            mine += partial.glob(f"{_SHARED}.*") if runtime.is_main else []
-            entries = {path.name: hash_and_sync(path) for path in mine}
-        except (OSError, SafetensorError) as error:
-            failure = error  # the others are still writing, and hear of it below
-        written = runtime.gather_objects((entries, None if failure is None else str(failure)))
-        failed = [(rank, text) for rank, (_, text) in enumerate(written) if text is not None]
-        if failed:
+            entries = self._write(_parts(partial, pieces, states, runtime.rank, with_frozen=frozen_changed))
+        except (OSError, SafetensorError):
             if runtime.is_main:
                 shutil.rmtree(partial, ignore_errors=True)  # it takes room that may be lacking
-            raise failure or OSError(
-                errno.EIO, f"rank {failed[0][0]} could not write its part of {folder}: {failed[0][1]}"
-            )
+            raise
         if runtime.is_main:
-            commit(folder, self.shape, {name: entry for part, _ in written for name, entry in part.items()})
+            commit(folder, self.shape, entries)
         runtime.barrier()
+
+    def _write(self, parts: Iterator[Path]) -> dict[str, FileEntry]:
+        """Lets every rank write its `parts`; all ranks' files for the marker.
+
+        All hear of each other after every file, so that no collective operation waits for longer than a file takes.
+        Raises what writing raises, and `OSError` where that is another rank's.
+        """
+        entries: dict[str, FileEntry] = {}
+        while True:
+            entry: dict[str, FileEntry] = {}
+            failure: Exception | None = None
+            try:
+                path = next(parts, None)
+                entry = {} if path is None else {path.name: hash_and_sync(path)}
+            except (OSError, SafetensorError) as error:
+                failure = error
+            written = self._runtime.gather_objects((entry, None if failure is None else str(failure)))
+            for rank, (_, text) in enumerate(written):
+                if text is not None:
+                    raise failure or OSError(errno.EIO, f"rank {rank} could not write its part of a checkpoint: {text}")
+            if not any(part for part, _ in written):
+                return entries
+            for part, _ in written:
+                entries |= part
 
     def load(self, folder: Path, *, verified: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
         """Takes back what `save` wrote and returns `shared` and `own`. Every rank calls it.
 
         `verified`: `find_checkpoint` gave the folder, so it has been read and hashed. The generators are for the caller
-        to set (`set_generators`), when nothing is drawn any more before training. Raises `ArtifactError`, on all ranks,
-        when the folder is not whole or belongs to another training.
+        to set (`set_generators`), when nothing is drawn any more before training. The tensors of `shared` are parts of
+        the file, so that ranks that do not look at them need no memory: what is kept is to be copied. Raises
+        `ArtifactError`, on all ranks, when the folder is not whole or belongs to another training.
         """
         if not verified and (trouble := _trouble(folder, self._runtime)) is not None:
             raise ArtifactError(trouble)
-        shared, own = self.read(folder, self._runtime)
-        head = read_state(folder, _SHARED)
+        head = read_state(folder, _SHARED, mapped=True)
+        own: dict[str, Any] = _rank_state(folder, self._runtime)["own"]
         pieces = self._pieces()
         if head["frozen"] is not None:
             self._check_frozen(folder, head["frozen"], pieces)
         read_training(folder, pieces, with_frozen=head["frozen"] is None)
         for group, rate in zip(pieces.optimizer.param_groups, head["learning_rates"], strict=True):
             group["lr"] = rate
-        return shared, own
+        return head["shared"], own
 
     @staticmethod
     def read(folder: Path, runtime: Runtime) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -150,60 +168,84 @@ class TrainingCheckpoints:
             )
 
 
+def _parts(
+    folder: Path, pieces: TrainingPieces, states: Mapping[str, Mapping[str, Any]], rank: int, *, with_frozen: bool
+) -> Iterator[Path]:
+    """Writes what is this rank's, and yields each file when it is written."""
+    yield from write_training(folder, pieces, rank, with_frozen=with_frozen)
+    for name, state in states.items():
+        write_state(folder, name, state)
+        yield from folder.glob(f"{name}.*")
+
+
 def find_checkpoint(parent: Path, runtime: Runtime, zero_stage: int) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in `parent`, and notes for the user. Every rank calls it, all get the same.
 
-    A note names a damaged checkpoint that was passed over, and says when another shape wrote the one that is taken. A
-    damaged one is set aside, so that it is not kept in the place of a whole one. The ranks share the reading and
-    hashing. Raises `ForeignCheckpointError` for one of another version.
+    A note names a damaged checkpoint that was passed over, now or earlier, and says when another shape wrote the one
+    that is taken. A damaged one is set aside, so that it is not kept in the place of a whole one, and named as long as
+    it is there: who was to be told the first time may have been killed. The ranks share the reading and hashing.
+    Raises, on all ranks, `ForeignCheckpointError` for one of another version and `UserError` where a file cannot be
+    read, which says nothing about the checkpoint.
     """
     shape = CheckpointShape(runtime.world_size, zero_stage, runtime.precision)
-    notes: list[str] = []
-    for folder in runtime.broadcast_object(list(reversed(checkpoints_in(parent))) if runtime.is_main else []):
+    there: tuple[list[Path], list[str]] = ([], [])
+    if runtime.is_main:
+        sweep_removed(parent)
+        there = checkpoints_in(parent)[::-1], damaged_ones(parent)
+    folders, troubles = runtime.broadcast_object(there)
+    notes = [_PASSED_OVER + trouble for trouble in troubles]
+    for folder in folders:
         trouble = _trouble(folder, runtime)
         if trouble is None:
-            return folder, notes + _notes(folder, shape, passed_over=bool(notes), runtime=runtime)
-        notes.append(f"passed over a damaged checkpoint: {trouble}")
+            return folder, notes + _notes(folder, shape, runtime)
+        notes.append(_PASSED_OVER + trouble)
         if runtime.is_main:
-            set_aside(folder)
+            set_aside(folder, trouble)
     return None, [*notes, *(["no whole checkpoint is left: the training starts over"] if notes else [])]
 
 
-def _notes(folder: Path, shape: CheckpointShape, *, passed_over: bool, runtime: Runtime) -> list[str]:
-    notes = [f"the training goes on from {folder.name}"] if passed_over else []
+def _notes(folder: Path, shape: CheckpointShape, runtime: Runtime) -> list[str]:
     writer = runtime.broadcast_object(read_marker(folder)[0] if runtime.is_main else shape)
-    if writer != shape:
-        notes.append(
-            f"{folder.name} was written by {writer.describe()}; this run is {shape.describe()}: it goes on as that one "
-            "would have, but for rounding"
-        )
-    return notes
+    if writer == shape:
+        return []
+    other = f"{folder.name} was written by {writer.describe()}; this run is {shape.describe()}"
+    return [f"{other}: it goes on as that one would have, but for rounding"]
 
 
 def _trouble(folder: Path, runtime: Runtime) -> str | None:
     """Why a checkpoint cannot be taken; None when all of it is as it was written. The same on every rank, all call it.
 
-    Each rank hashes its share of the files, and all hear of each other after every file, so that no collective
-    operation waits for longer than a file takes.
+    Rank 0 says which files are there: another host may not see them yet. Each rank hashes its share of them, and all
+    hear of each other after every file, so that no collective operation waits for longer than a file takes. Raises
+    `UserError`, on all ranks, where one cannot read, and `ForeignCheckpointError`.
     """
-    head: tuple[dict[str, FileEntry], UserError | None] = ({}, None)
+    head: tuple[dict[str, FileEntry], str | UserError | None] = ({}, None)
     if runtime.is_main:
         try:
-            head = read_marker(folder)[1], None
+            files = read_marker(folder)[1]
+            head = files, size_trouble(folder, files)
+        except ArtifactError as error:
+            head = {}, str(error)
         except UserError as error:
             head = {}, error
     files, wrong = runtime.broadcast_object(head)
-    if isinstance(wrong, ForeignCheckpointError):
+    if isinstance(wrong, UserError):
         raise wrong
     if wrong is not None:
-        return str(wrong)
+        return wrong
     names = sorted(files)
     for begin in range(0, len(names), runtime.world_size):
         own = names[begin : begin + runtime.world_size][runtime.rank : runtime.rank + 1]
-        found = [file_trouble(folder, name, files[name]) for name in own]
-        for trouble in [trouble for rank in runtime.gather_objects(found) for trouble in rank]:
-            if trouble is not None:
-                return trouble
+        found: str | UserError | None = None
+        try:
+            found = next((hash_trouble(folder, name, files[name]) for name in own), None)
+        except UserError as error:
+            found = error
+        for result in runtime.gather_objects(found):
+            if isinstance(result, UserError):
+                raise result
+            if result is not None:
+                return result
     return None
 
 

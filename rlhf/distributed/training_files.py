@@ -2,7 +2,8 @@
 
 Each rank writes the pieces it holds (`rlhf.distributed.pieces`), once: `weights-<rank>.safetensors` in the optimiser's
 precision, one `<state>-<rank>.safetensors` for each state of the optimiser (`exp_avg`, `exp_avg_sq`), and
-`pieces-<rank>.json`, which says what they are pieces of. A reader takes from all of them what it holds itself.
+`pieces-<rank>.json`, which says what they are pieces of; rank 0's also has the shapes of all. A reader takes from all
+of them what it holds itself.
 
 Frozen weights are not written unless they have changed: the run's inputs have them. Their checksum is, so that a
 training does not go on with others.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf.distributed.pieces import Piece, Slot, TrainingPieces
+from rlhf.distributed.pieces import BUFFERS, FROZEN, WEIGHTS, Piece, Slot, TrainingPieces
 from rlhf.errors import ArtifactError
 
 _CHUNK_ELEMENTS = 1 << 22
 _PRIME = 65521
-WEIGHTS, FROZEN, BUFFERS = "weights", "frozen", "buffers"
 
 
-def write_training(folder: Path, pieces: TrainingPieces, rank: int, *, with_frozen: bool) -> None:
-    """Writes this rank's part into `folder`. Every rank calls it; what all have alike, rank 0 writes alone.
+def write_training(folder: Path, pieces: TrainingPieces, rank: int, *, with_frozen: bool) -> Iterator[Path]:
+    """Writes this rank's part into `folder`, and yields each file when it is written: a file is written when the next
+    one is asked for. Every rank calls it; what all have alike, rank 0 writes alone.
 
     Raises `OSError` or `SafetensorError` when the disk refuses.
     """
@@ -49,12 +50,16 @@ def write_training(folder: Path, pieces: TrainingPieces, rank: int, *, with_froz
     for group, members in groups.items():
         if members:
             tensors = {piece.name: piece.tensor.detach().to("cpu", copy=True) for piece in members}
-            save_file(tensors, _file(folder, group, rank))
+            save_file(tensors, path := _file(folder, group, rank))
+            yield path
     index = {
         "pieces": {group: {piece.name: [piece.start, piece.stop] for piece in all_} for group, all_ in groups.items()},
         "scalars": scalars,
+        **({"shapes": pieces.shapes} if rank == 0 else {}),
     }
-    (folder / f"pieces-{rank:05d}.json").write_text(json.dumps(index), encoding="utf-8")
+    path = folder / f"pieces-{rank:05d}.json"
+    path.write_text(json.dumps(index), encoding="utf-8")
+    yield path
 
 
 def read_training(folder: Path, pieces: TrainingPieces, *, with_frozen: bool) -> None:
@@ -62,10 +67,11 @@ def read_training(folder: Path, pieces: TrainingPieces, *, with_frozen: bool) ->
 
     The writer may have had another number of ranks and another ZeRO stage. Where it counted optimiser steps for each
     parameter and this optimiser counts them for many together, the largest count holds. Raises `ArtifactError` when
-    something is missing.
+    something is missing, or the names or shapes of weights and buffers are others.
     """
     with ExitStack() as stack:
         source = _Source(folder, stack)
+        source.require_shapes(pieces.shapes)
         source.require_optimizer_state(slot.piece.name for slot in pieces.trained)
         with torch.no_grad():
             for slot in pieces.trained:
@@ -116,6 +122,7 @@ class _Source:
         # group → parameter → (rank, start, stop) of the pieces there are
         self._places: dict[str, dict[str, list[tuple[int, int, int]]]] = defaultdict(lambda: defaultdict(list))
         self.scalars: dict[str, dict[str, Any]] = {}
+        self._shapes: dict[str, dict[str, list[int]]] = {}
         for path in sorted(folder.glob("pieces-*.json")):
             rank = int(path.stem.removeprefix("pieces-"))
             index = json.loads(path.read_text(encoding="utf-8"))
@@ -124,11 +131,24 @@ class _Source:
                     self._places[group][name].append((rank, start, stop))
             for name, values in index["scalars"].items():
                 self.scalars.setdefault(name, {}).update(values)
+            self._shapes |= index.get("shapes", {})
 
     @property
     def optimizer_groups(self) -> list[str]:
         """The states the optimiser has for each element."""
         return [group for group, members in self._places.items() if members and group not in (WEIGHTS, FROZEN, BUFFERS)]
+
+    def require_shapes(self, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+        """Raises `ArtifactError` where they are not the writer's: flat pieces would fill another shape as well."""
+        for group, now in shapes.items():
+            saved = self._shapes.get(group, {})
+            for name in sorted(saved.keys() | now.keys()):
+                if saved.get(name) != now.get(name):
+                    raise ArtifactError(
+                        f"{self._folder} was written by a training of another model: of {group} it has {name} with "
+                        f"shape {saved.get(name, 'none')}, and this run has it with shape {now.get(name, 'none')}. "
+                        "Give the model of that training, or remove the folder and run again."
+                    )
 
     def require_optimizer_state(self, names: Iterable[str]) -> None:
         """Raises `ArtifactError` when there is none at all: reading that would go through, and train otherwise."""

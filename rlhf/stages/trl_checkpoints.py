@@ -39,12 +39,15 @@ class Checkpoint:
 
 
 def find_checkpoint(context: StageContext) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of the stage, and notes for the user on damaged ones and on one of another shape.
+    """The newest whole checkpoint of the stage, and notes for the user on it, on damaged ones and on another shape.
 
     All ranks call it and get the same answer.
     """
     path, notes = find_training_checkpoint(context.stage.checkpoints, context.runtime, context.config.zero.stage)
-    return None if path is None else Checkpoint(path, int(path.name.rpartition("-")[2])), notes
+    if path is None:
+        return None, notes
+    notes.append(f"the training goes on from {path.name}")
+    return Checkpoint(path, int(path.name.rpartition("-")[2])), notes
 
 
 class TrainerCheckpoints:

@@ -94,14 +94,15 @@ def load_models(
     return models
 
 
-def parts_to_compare(models: PPOModels) -> dict[str, nn.Module | None]:
-    """The models that must be the same on every rank, by the argument they come from."""
-    learned = next((entry.reward for entry in models.rewards.rewards if isinstance(entry.reward, LearnedReward)), None)
-    return {
-        "model": models.actor_critic,
-        "ref_model": models.reference.model if isinstance(models.reference, FrozenModel) else None,
-        "reward_model": None if learned is None else learned.model,
-    }
+def frozen_parts(models: PPOModels) -> dict[str, nn.Module]:
+    """The reference and the reward models, by a name for messages, as far as they do not lie on the policy's base."""
+    parts: dict[str, nn.Module] = {}
+    if isinstance(models.reference, FrozenModel):
+        parts["ref_model"] = models.reference.model
+    for entry in models.rewards.rewards:
+        if isinstance(entry.reward, LearnedReward):
+            parts[f"rewards.{entry.name}"] = entry.reward.model
+    return parts
 
 
 def _tokenizer(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config.ppo import BOOKKEEPING, PPOConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.config.tracking import TrackingConfig
 from rlhf.distributed.checkpoints import checkpoints_in
 from rlhf.errors import ConfigError
 from rlhf.runs.console import StageProgress
-from rlhf.runs.files import clean_partial, disk_errors, fingerprint, write_json
+from rlhf.runs.files import clean_partial, disk_errors, write_json
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.jsonable import read_json
 from rlhf.runs.metrics_file import LineWriter, rewind
@@ -23,24 +23,9 @@ from rlhf.runs.wandb_logger import WandbLogger
 
 if TYPE_CHECKING:
     from rlhf.distributed.runtime import Runtime
-    from rlhf.stages.sampling import EncodedPrompt
 
 STAGE = "ppo"
 SETTINGS_FILE = "trainer.json"
-
-
-def settings_of(
-    args: PPOConfig, seed: int, prompts: Sequence[EncodedPrompt], rewards: Mapping[str, float], policy: str
-) -> dict[str, Any]:
-    """What must be equal for a training to be continued. `policy` describes the architecture."""
-    section = {name: value for name, value in args.model_dump(mode="json").items() if name not in BOOKKEEPING}
-    return {
-        **{f"args.{name}": value for name, value in section.items()},
-        "seed": seed,
-        "train_dataset": fingerprint([prompt.key for prompt in prompts]),
-        "rewards": dict(rewards),
-        "model": policy,
-    }
 
 
 class MemoryTracker(Tracker):
@@ -124,9 +109,10 @@ class Output:
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if not changed:
             return None
+        copied = " ref_model is by default a copy of model." if "ref_model" in changed else ""
         return (
             f"output_dir={folder} holds a training with other settings ({', '.join(changed)}): it can go on only as it "
-            "began. Set them back, or give another folder"
+            f"began.{copied} Set them back, or give another folder"
         )
 
     def open(self, args: PPOConfig, done: int) -> Tracker:

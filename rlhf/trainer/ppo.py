@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,20 +18,21 @@ from rlhf.data.tokenization import EncodedPair
 from rlhf.errors import ConfigError, UserError
 from rlhf.models.loading import quiet
 from rlhf.runs.console import quiet_libraries
-from rlhf.runs.files import disk_errors
+from rlhf.runs.files import disk_errors, fingerprint
 from rlhf.stages.ppo.job import Callback, PPOJob, TrainingView
 from rlhf.stages.ppo.loop import Trained, train
 from rlhf.stages.ppo.prepare import check_prompts
 from rlhf.stages.ppo.publish import part_writers
 from rlhf.stages.sampling import EncodedPrompt, decode_responses, in_batches
 from rlhf.trainer.adapters import lora_config
-from rlhf.trainer.assembly import Setting, load_models, parts_to_compare
+from rlhf.trainer.assembly import Setting, frozen_parts, load_models
 from rlhf.trainer.evaluation import Evaluation, evaluate, sample_indices, sample_responses
 from rlhf.trainer.inputs import Rows, TokenizerSource, encode_demonstrations, encode_prompts
 from rlhf.trainer.models import ModelArguments, ModelSource, ScalarSource, check_arguments
-from rlhf.trainer.output import Output, settings_of
+from rlhf.trainer.output import Output
 from rlhf.trainer.ranks import check_equal, check_sizes, start_runtime
 from rlhf.trainer.rewards import RewardFunctions, named_functions, weights_of
+from rlhf.trainer.settings import settings_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -112,7 +113,7 @@ class PPOTrainer:
         self.args = _section("args", args, PPOConfig)
         self.seed = seed
         self.zero = _section("zero", zero, ZeroConfig)
-        lora = None if peft_config is None else lora_config(peft_config)
+        self._lora = None if peft_config is None else lora_config(peft_config)
         given = ModelArguments(model, ref_model, reward_model, value_model, reward_processing_class)
         check_arguments(self.args, given)
         functions = named_functions(reward_funcs)
@@ -120,12 +121,12 @@ class PPOTrainer:
         _check_callbacks(callbacks, eval_every)
         self.runtime: Runtime = start_runtime(_section("distributed", distributed, DistributedConfig), self.zero, seed)
         check_sizes(self.args, self.runtime)
-        setting = Setting(self.args, self.runtime, self.zero, seed, lora)
+        setting = Setting(self.args, self.runtime, self.zero, seed, self._lora)
         self.models = load_models(setting, given, processing_class, functions, weights)
         self.prompts = self._prompts(train_dataset, "train_dataset")
         self.eval_prompts = [] if eval_dataset is None else self._prompts(eval_dataset, "eval_dataset")
         self.demonstrations = self._demonstrations(ptx_dataset)
-        check_equal(self.runtime, parts_to_compare(self.models), self.prompts)
+        check_equal(self.runtime, {"model": self.models.actor_critic, **frozen_parts(self.models)}, self.prompts)
         evaluation = [Evaluation(self.eval_prompts, eval_every, self.args, seed)] if self.eval_prompts else []
         self.callbacks: tuple[Callback, ...] = (*evaluation, *callbacks)
         folder = None if output_dir is None else Path(output_dir).expanduser()
@@ -168,8 +169,7 @@ class PPOTrainer:
                 "model=trainer.model, and with ref_model= where the reference is to stay"
             )
         output = self.output
-        weights = self.models.rewards.weights
-        settings = settings_of(self.args, self.seed, self.prompts, weights, _describe(self.models.policy))
+        settings = self._settings()
         output.begin(settings, resume=resume)
         with output.lock():
             output.start(settings)
@@ -185,9 +185,17 @@ class PPOTrainer:
                     seed=self.seed,
                     demonstrations=self.demonstrations,
                     callbacks=self.callbacks,
+                    provenance={"fingerprint": fingerprint(settings)},
                 )
             )
         return PPOResult(dict(self._trained.metrics), list(output.history), self._trained.state.update)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resume compares, as rank 0 has it; without an output folder there is nothing to compare with."""
+        settings: dict[str, Any] = {}
+        if self.output.folder is not None and self.runtime.is_main:
+            settings = settings_of(self.args, self.seed, self._lora, self.models, self.prompts, self.demonstrations)
+        return self.runtime.broadcast_object(settings)
 
     def evaluate(self, dataset: Rows | None = None) -> dict[str, float]:
         """Mean rewards (`eval/...`) of fresh responses to `dataset`, else to the `eval_dataset`. All ranks call it.
@@ -282,8 +290,3 @@ def _check_callbacks(callbacks: Sequence[Callback], eval_every: int) -> None:
             )
     if eval_every < 1:
         raise ConfigError(f"eval_every must be at least 1, not {eval_every}")
-
-
-def _describe(policy: PreTrainedModel) -> str:
-    """What must be alike in a training that goes on: architecture and size, not where the weights came from."""
-    return f"{type(policy).__name__} of {sum(parameter.numel() for parameter in policy.parameters())} weights"

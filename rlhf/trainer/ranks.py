@@ -16,6 +16,7 @@ from rlhf.distributed.runtime import Runtime
 from rlhf.distributed.slurm import adopt_slurm, under_launcher
 from rlhf.errors import ConfigError
 from rlhf.runs.files import fingerprint
+from rlhf.trainer.settings import weights_fingerprint
 
 if TYPE_CHECKING:
     from rlhf.stages.sampling import EncodedPrompt
@@ -57,11 +58,11 @@ def check_sizes(args: PPOConfig, runtime: Runtime) -> None:
         )
 
 
-def check_equal(runtime: Runtime, models: Mapping[str, nn.Module | None], prompts: Sequence[EncodedPrompt]) -> None:
+def check_equal(runtime: Runtime, models: Mapping[str, nn.Module], prompts: Sequence[EncodedPrompt]) -> None:
     """Raises `ConfigError`, on all ranks, where a script made other models or prompts on another rank."""
     if runtime.world_size == 1:
         return
-    mine = {name: _sums(model) for name, model in models.items() if model is not None}
+    mine = {name: weights_fingerprint(model) for name, model in models.items()}
     mine["train_dataset"] = fingerprint([prompt.key for prompt in prompts])
     everyone = runtime.gather_objects(mine)
     different = [name for name, value in everyone[0].items() if any(other[name] != value for other in everyone)]
@@ -70,8 +71,3 @@ def check_equal(runtime: Runtime, models: Mapping[str, nn.Module | None], prompt
             f"{', '.join(different)} differ between the processes. Each process runs the whole script: load models "
             "from one folder, or call transformers.set_seed before making them, and keep the rows in one order"
         )
-
-
-def _sums(model: nn.Module) -> str:
-    """Tells models apart, not adversaries: the sum of each tensor, on the CPU so that every rank adds alike."""
-    return fingerprint([float(parameter.detach().cpu().double().sum()) for parameter in model.parameters()])

@@ -7,11 +7,11 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from rlhf.distributed import checkpoints
 from rlhf.distributed.checkpoints import (
     MARKER,
     CheckpointShape,
@@ -26,6 +26,7 @@ from rlhf.distributed.checkpoints import (
 )
 from rlhf.distributed.runtime import Runtime
 from rlhf.distributed.training_checkpoints import find_checkpoint
+from rlhf.errors import ArtifactError, UserError
 
 RUNTIME = Runtime(0, 1, 0, torch.device("cpu"), "fp32")
 SHAPE = CheckpointShape(world_size=2, zero_stage=3, precision="fp32")
@@ -81,7 +82,7 @@ def damage(folder: Path, kind: str) -> None:
     elif kind == "strange marker":
         (folder / MARKER).write_text("[]")
     else:
-        (folder / MARKER).write_text((folder / MARKER).read_text().replace('"format": 2', '"format": 9'))
+        (folder / MARKER).write_text((folder / MARKER).read_text().replace('"format": 3', '"format": 9'))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def damage(folder: Path, kind: str) -> None:
         ("missing", "weights-00000.safetensors is missing"),
         ("short", "has 5 bytes instead of 7"),
         ("altered", "was altered"),
-        ("no marker", "cannot be read"),
+        ("no marker", "its marker checkpoint.json is missing"),
         ("torn marker", "cannot be read"),
         ("strange marker", "cannot be read"),
         ("altered marker", "its marker checkpoint.json was altered"),
@@ -104,27 +105,60 @@ def test_a_broken_checkpoint_is_named_passed_over_and_set_aside(tmp_path: Path, 
     assert found == whole
     assert "checkpoint-10" in notes[0]
     assert message in notes[0]
-    assert notes[1:] == ["the training goes on from checkpoint-9"]
+    assert len(notes) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10.damaged", "checkpoint-9"]
-    # What comes after it is kept in its place, and the first save removes it.
+    # Also the next time, as who was to be told may have been killed.
+    assert find(tmp_path) == (whole, notes)
+    # It stays until there are as many whole ones as are kept.
+    prune_checkpoints(tmp_path, keep=2)
+    assert (tmp_path / "checkpoint-10.damaged").exists()
+    # What comes after it is kept in its place.
     write(tmp_path, 11)
     prune_checkpoints(tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-11"]
 
 
-def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, _ = write(tmp_path, 9), write(tmp_path, 10)
-    real = checkpoints.hash_file
+@pytest.mark.parametrize("name", ["weights-00000.safetensors", MARKER])
+def test_a_file_that_cannot_be_read_stops_the_run_and_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    newest = [write(tmp_path, step) for step in (9, 10)][1]
+    real = open
 
-    def hash_file(path: Path) -> str:
-        if "checkpoint-10" in str(path):
-            raise OSError(errno.EIO, "Input/output error")
-        return real(path)
+    def stale(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        if Path(path).name == name:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path, *arguments, **keywords)
 
-    monkeypatch.setattr(checkpoints, "hash_file", hash_file)
-    found, notes = find(tmp_path)
-    assert found == whole
-    assert "cannot be read (Input/output error)" in notes[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("io.open", stale)
+        with pytest.raises(UserError, match=rf"checkpoint-10/{name} cannot be read \(Stale file handle\)") as caught:
+            find(tmp_path)
+    assert not isinstance(caught.value, ArtifactError)
+    assert find(tmp_path) == (newest, [])
+
+
+class OtherRank(Runtime):
+    """Rank 0 of two, of which the other's part of every gathering is given."""
+
+    others: ClassVar[Any] = None
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        return [item, self.others]
+
+    def broadcast_object(self, item: Any) -> Any:
+        return item
+
+
+def test_what_another_rank_cannot_read_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 10)
+    two = OtherRank(0, 2, 0, torch.device("cpu"), "fp32")
+    monkeypatch.setattr(OtherRank, "others", UserError("there is no such file on host b"))
+    with pytest.raises(UserError, match="no such file on host b"):
+        find_checkpoint(tmp_path, two, SHAPE.zero_stage)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+    monkeypatch.setattr(OtherRank, "others", None)
+    assert find_checkpoint(tmp_path, two, SHAPE.zero_stage) == (tmp_path / "checkpoint-10", [])
 
 
 def test_an_index_that_the_marker_does_not_know_is_damage(tmp_path: Path) -> None:
@@ -141,7 +175,7 @@ def test_one_of_another_version_is_neither_used_nor_removed(tmp_path: Path) -> N
     marker = json.loads((folder / MARKER).read_text())
     del marker["sha256"]
     (folder / MARKER).write_text(json.dumps({**marker, "format": 1}))
-    with pytest.raises(ForeignCheckpointError, match=r"written in format 1 by another version of rlhf.*reads format 2"):
+    with pytest.raises(ForeignCheckpointError, match=r"written in format 1 by another version of rlhf.*reads format 3"):
         find(tmp_path)
     assert (folder / MARKER).exists()
 
@@ -165,6 +199,13 @@ def test_pruning_keeps_the_newest_and_sweeps_up(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
     prune_checkpoints(tmp_path, keep=5)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_removal_left_is_swept_up_at_the_start(tmp_path: Path) -> None:
+    folder = write(tmp_path, 2)
+    (tmp_path / "checkpoint-1.removed").mkdir()
+    assert find(tmp_path) == (folder, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_what_cannot_be_removed_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,7 @@ class TwoRanks:
 def test_ranks_must_hold_the_same_and_share_a_minibatch() -> None:
     model = torch.nn.Linear(2, 2)
     same: Any = TwoRanks({})
-    check_equal(same, {"model": model, "ref_model": None}, [])
+    check_equal(same, {"model": model}, [])
     other: Any = TwoRanks({"train_dataset": "another order"})
     with pytest.raises(ConfigError, match="train_dataset differ between the processes"):
         check_equal(other, {"model": model}, [])

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 import rlhf
-from rlhf import PPOCallback, TrainingView
+from rlhf import LoRAConfig, PPOCallback, TrainingView
+from rlhf.distributed import stopping
+from rlhf.errors import Stopped
+from rlhf.stages.ppo.job import callback_states, load_callback_states
+from rlhf.trainer.settings import weights_fingerprint
 from tests.ppo_example import write_models
-from tests.trainer_example import PROMPTS, arguments, equal, language_model, make, process_state, weights_of
+from tests.trainer_example import (
+    PROMPTS,
+    arguments,
+    equal,
+    language_model,
+    make,
+    process_state,
+    reward_model,
+    weights_of,
+    words,
+)
 
 Models = dict[str, str]
 
@@ -59,6 +77,22 @@ class Recorder(PPOCallback):
         self.calls.append(("end", step))
 
 
+class Count(PPOCallback):
+    """Counts updates, across resumes."""
+
+    def __init__(self) -> None:
+        self.num_updates = 0
+
+    def on_update(self, view: TrainingView, step: int, metrics: Mapping[str, float]) -> None:
+        self.num_updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_updates": self.num_updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_updates = state["num_updates"]
+
+
 def test_a_callback_adds_metrics_and_stops(inputs: Models) -> None:
     recorder = Recorder(stop_after=2)
     result = make(inputs["policy"], callbacks=[recorder], args=arguments(num_updates=5)).train()
@@ -66,6 +100,44 @@ def test_a_callback_adds_metrics_and_stops(inputs: Models) -> None:
     assert result.num_updates == len(result.history) == 2
     assert result.history[0]["mine/double"] == 2 * result.history[0]["ppo/response_length"]
     assert result.metrics["mine/double"] == result.history[1]["mine/double"]
+
+
+def test_where_a_callback_stops_the_training_has_ended_for_good(inputs: Models, tmp_path: Path) -> None:
+    section = arguments(num_updates=3, save_every=2)
+    stopped = make(inputs["policy"], args=section, output_dir=tmp_path, callbacks=[Recorder(stop_after=1)])
+    stopped.train()
+    recorder = Recorder()
+    again = make(inputs["policy"], args=section, output_dir=tmp_path, callbacks=[recorder])
+    result = again.train(resume=True)
+    assert recorder.calls == [("start", 1), ("end", 1)]
+    assert result.num_updates == len(result.history) == 1
+    assert equal(weights_of(again.models.actor_critic), weights_of(stopped.models.actor_critic))
+
+
+def test_a_signal_does_not_undo_a_callbacks_stop(
+    inputs: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StopTwice(PPOCallback):
+        def on_update(self, view: TrainingView, step: int, metrics: Mapping[str, float]) -> None:
+            view.stop = True
+            monkeypatch.setattr(stopping._requests, "number", signal.SIGTERM)
+
+    section = arguments(num_updates=2)
+    with pytest.raises(Stopped, match="at step 1"):
+        make(inputs["policy"], args=section, output_dir=tmp_path, callbacks=[StopTwice()]).train()
+    monkeypatch.undo()
+    assert make(inputs["policy"], args=section, output_dir=tmp_path).train(resume=True).num_updates == 1
+
+
+def test_each_callback_gets_its_own_state_back() -> None:
+    first, second = Count(), Count()
+    first.num_updates, second.num_updates = 3, 5
+    states = callback_states([first, Recorder(), second])
+    new = [Count(), Count()]
+    assert load_callback_states([*new, Recorder()], states) == []
+    assert [callback.num_updates for callback in new] == [3, 5]
+    (note,) = load_callback_states([Count()], states)
+    assert "the state of callback Count 2" in note
 
 
 def test_nothing_is_written_without_an_output_folder(
@@ -96,12 +168,13 @@ def test_an_interrupted_training_goes_on_bit_for_bit(inputs: Models, tmp_path: P
     section = arguments(num_updates=4, save_every=2, score_normalization="running", ema_decay=0.5)
     whole = make(inputs["policy"], args=section)
     expected = whole.train()
-    broken = make(inputs["policy"], args=section, output_dir=tmp_path, callbacks=[Recorder(fail_after=4)])
+    broken = make(inputs["policy"], args=section, output_dir=tmp_path, callbacks=[Count(), Recorder(fail_after=4)])
     with pytest.raises(RuntimeError, match="pulled the plug"):
         broken.train()
-    recorder = Recorder()
-    resumed = make(inputs["policy"], args=section, output_dir=tmp_path, callbacks=[recorder])
+    recorder, count = Recorder(), Count()
+    resumed = make(inputs["policy"], args=section, output_dir=tmp_path, callbacks=[recorder, count])
     result = resumed.train(resume=True)
+    assert count.num_updates == 4
     assert recorder.calls == [("start", 2), ("update", 3), ("update", 4), ("end", 4)]
     assert equal(weights_of(resumed.models.actor_critic), weights_of(whole.models.actor_critic))
     losses = [line["ppo/loss"] for line in expected.history]
@@ -119,8 +192,53 @@ def test_a_folder_with_a_training_is_not_overwritten(inputs: Models, tmp_path: P
         make(inputs["policy"], output_dir=tmp_path).train()
     with pytest.raises(rlhf.UserError, match=r"other settings \(args.kl_coefficient, seed\)"):
         make(inputs["policy"], output_dir=tmp_path, args=arguments(kl_coefficient=0.3), seed=7).train(resume=True)
+    other = make(inputs["policy"], output_dir=tmp_path, seed=7)
+    (tmp_path / "trainer.json").write_text(json.dumps(other._settings()))
+    with pytest.raises(rlhf.UserError, match="belongs to another training"):
+        other.train(resume=True)
     with pytest.raises(rlhf.UserError, match="give the trainer the output_dir"):
         make(inputs["policy"]).train(resume=True)
+
+
+def changed(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with other weights."""
+    with torch.no_grad():
+        next(iter(model.parameters())).add_(0.01)
+    return model
+
+
+def test_a_training_goes_on_with_what_it_began_with(inputs: Models, tmp_path: Path) -> None:
+    section = arguments(ptx_coefficient=0.1)
+    pairs = [{"prompt": "the film", "response": " was good"}]
+    policy, reward = inputs["policy"], inputs["reward_model"]
+    given: dict[str, Any] = {"reward_model": reward, "ptx_dataset": pairs, "args": section, "output_dir": tmp_path}
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "trainer.json").write_text(json.dumps(make(policy, **given)._settings()))
+
+    def refused(model: Any = policy, **other: Any) -> str:
+        trainer = make(model, **{**given, **other})
+        with pytest.raises(rlhf.UserError, match="other settings") as caught:
+            trainer.output.begin(trainer._settings(), resume=True)
+        return str(caught.value)
+
+    same = make(language_model(policy), **{**given, "ref_model": language_model(policy)})
+    same.output.begin(same._settings(), resume=True)
+    assert "(ref_model): it can go on only as it began. ref_model is by" in refused(changed(language_model(policy)))
+    assert "(ref_model)" in refused(ref_model=changed(language_model(policy)))
+    assert "(rewards.reward_model)" in refused(reward_model=changed(reward_model(reward)))
+    assert "(ptx_dataset)" in refused(ptx_dataset=[*pairs, *pairs])
+    lora: dict[str, Any] = {"reward_model": None, "reward_funcs": words, "ptx_dataset": None, "args": arguments()}
+    (tmp_path / "trainer.json").write_text(
+        json.dumps(make(policy, **{**given, **lora, "peft_config": LoRAConfig(rank=2, alpha=4)})._settings())
+    )
+    assert "(peft_config)" in refused(**lora, peft_config=LoRAConfig(rank=2, alpha=64))
+
+
+def test_weights_are_told_apart_in_every_precision(inputs: Models) -> None:
+    model = language_model(inputs["policy"])
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(torch.nn.Module.to(model, torch.bfloat16)) == before
+    assert weights_fingerprint(changed(model)) != before
 
 
 def test_a_training_that_never_began_leaves_the_folder_free(inputs: Models, tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.zero import ZeroConfig
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingView:
-    """The training as a callback sees it. Setting `stop` ends it after this update."""
+    """The training as a callback sees it. Setting `stop` ends it after this update, and a resume does not go on."""
 
     engine: TrainingEngine
     models: PPOModels
@@ -49,6 +50,42 @@ class Callback:
 
     def on_end(self, view: TrainingView, step: int) -> None:
         """After the last update, before the policy is published."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every checkpoint keeps for this callback: plain values and tensors. Rank 0's is written."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave, on every rank and before `on_start`; not called where it gave nothing."""
+
+
+def callback_states(callbacks: Sequence[Callback]) -> dict[str, dict[str, Any]]:
+    """What the callbacks want to be kept, by name; those that keep nothing are left out."""
+    states = {name: dict(callback.state_dict()) for name, callback in _by_name(callbacks).items()}
+    return {name: state for name, state in states.items() if state}
+
+
+def load_callback_states(callbacks: Sequence[Callback], states: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Gives the callbacks what `callback_states` gave. Returns notes for the user on states that are nobody's."""
+    named = _by_name(callbacks)
+    for name, callback in named.items():
+        if name in states:
+            callback.load_state_dict(states[name])
+    return [
+        f"the checkpoint keeps the state of callback {name}, and this training has no such callback: it is left out"
+        for name in sorted(states.keys() - named.keys())
+    ]
+
+
+def _by_name(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """By class, numbered where a class comes again: callbacks without a state may come and go."""
+    seen: Counter[str] = Counter()
+    named = {}
+    for callback in callbacks:
+        kind = type(callback).__name__
+        seen[kind] += 1
+        named[kind if seen[kind] == 1 else f"{kind} {seen[kind]}"] = callback
+    return named
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from rlhf.batches import PPOBatch, ScoredRollout, make_ppo_batch
 from rlhf.config.ppo import PPOConfig
 from rlhf.distributed.checkpoints import checkpoint_folder, prune_checkpoints
 from rlhf.distributed.engine import TrainingEngine
+from rlhf.distributed.placing import linear_put_back
+from rlhf.distributed.plain_state import copied
 from rlhf.distributed.stopping import StopPoll, polled
 from rlhf.distributed.training_checkpoints import check_provenance
 from rlhf.errors import Stopped
@@ -24,7 +26,7 @@ from rlhf.ops.adam import TensorFlowAdam
 from rlhf.runs.files import disk_errors
 from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, StageOutput
-from rlhf.stages.ppo.job import PPOJob, TrainingView
+from rlhf.stages.ppo.job import PPOJob, TrainingView, callback_states, load_callback_states
 from rlhf.stages.ppo.metrics import Clock, batch_metrics, sample_rows
 from rlhf.stages.ppo.prepare import prepare_job
 from rlhf.stages.ppo.publish import publish
@@ -56,6 +58,7 @@ def run(context: StageContext) -> StageOutput:
     )
 
 
+@linear_put_back()
 def train(job: PPOJob) -> Trained:
     """PPO. All ranks call it together.
 
@@ -69,10 +72,10 @@ def train(job: PPOJob) -> Trained:
     updater = Updater(engine, section, runtime, job.seed, models.scoring, demonstrations, models.pad_id)
     # 2. Where an interrupted attempt stopped.
     state, notes = _start_or_resume(job, engine)
-    view = TrainingView(engine, models, runtime)
+    view = TrainingView(engine, models, runtime, stop=state.stopped)
     with job.open_tracker(state.update) as tracker, _checkpoint_on_stop(job, engine, state) as stop:
         _begin(job, view, state, tracker, notes)
-        for update in range(state.update, section.num_updates):
+        for update in _updates_left(section, state):
             clock = Clock()
             # 3. Sample responses to the prompts of the batch, and score them.
             experience = gather_experience(engine, models, job.prompts, section, runtime, job.seed, update, stop)
@@ -104,16 +107,22 @@ def train(job: PPOJob) -> Trained:
                 tracker.log_samples(state.update, sample_rows(experience, models, section.num_samples_shown))
             for warning in state.guards.check(state.update, metrics):
                 tracker.message(warning)
+            # Asked before the signals, whose checkpoint says it too.
+            state.stopped = _someone_stops(job, view)
             stop.stop_if_agreed()
-            if _someone_stops(job, view):
-                break
             # Also after the last one: what follows (publishing) may be interrupted too.
-            if state.update % section.save_every == 0 or state.update == section.num_updates:
+            if state.stopped or state.update % section.save_every == 0 or state.update == section.num_updates:
                 _save(job, engine, state)
                 state.saved_update = state.update
         for callback in job.callbacks:
             callback.on_end(view, state.update)
     return Trained(engine, state, state.metrics)
+
+
+def _updates_left(section: PPOConfig, state: TrainingState) -> Iterator[int]:
+    """The updates to do, counted from 0; none after the one at which a callback ended the training."""
+    while state.update < section.num_updates and not state.stopped:
+        yield state.update
 
 
 @contextmanager
@@ -147,6 +156,11 @@ def _begin(job: PPOJob, view: TrainingView, state: TrainingState, tracker: Track
     """What is done once, before the first update of this process."""
     for note in (*notes, *job.notes):
         tracker.message(note)
+    if state.stopped:
+        tracker.message(
+            f"a callback ended this training after update {state.update}, so it does not go on. To train its policy "
+            "further, start from model=trainer.model with another output_dir"
+        )
     if state.update == 0:
         state.average_policy(view.engine)
     for callback in job.callbacks:
@@ -224,7 +238,8 @@ def make_engine(job: PPOJob) -> TrainingEngine:
 def _start_or_resume(job: PPOJob, engine: TrainingEngine) -> tuple[TrainingState, list[str]]:
     """The state of the newest checkpoint, whose weights the engine then has, or that before the first update.
 
-    With it come notes for the user on a checkpoint that is damaged, or of another number of ranks or ZeRO stage.
+    With it come notes for the user on a checkpoint that is damaged, or of another number of ranks or ZeRO stage, and
+    on the one that is taken.
     """
     state = TrainingState.start(job.section)
     if job.checkpoints is None:
@@ -234,13 +249,19 @@ def _start_or_resume(job: PPOJob, engine: TrainingEngine) -> tuple[TrainingState
         saved = engine.load_checkpoint(checkpoint, verified=True)
         check_provenance(checkpoint, saved["provenance"], job.provenance)
         state.from_checkpoint(saved, job.models, is_main=job.runtime.is_main)
+        notes += load_callback_states(job.callbacks, copied(saved["callbacks"]))
+        notes.append(f"the training goes on from {checkpoint.name}")
     return state, notes
 
 
 def _save(job: PPOJob, engine: TrainingEngine, state: TrainingState) -> None:
     if job.checkpoints is None:
         return
-    shared = {**state.to_checkpoint(job.models), "provenance": dict(job.provenance)}
+    shared = {
+        **state.to_checkpoint(job.models, is_main=job.runtime.is_main),
+        "callbacks": callback_states(job.callbacks),
+        "provenance": dict(job.provenance),
+    }
     folder = checkpoint_folder(job.checkpoints, state.update)
     with disk_errors(folder):
         engine.save_checkpoint(folder, shared=shared)

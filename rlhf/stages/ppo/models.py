@@ -156,8 +156,14 @@ class SeparateActorCritic(WholePolicy):
         return list(self.critic.parameters())
 
     def enable_gradient_checkpointing(self) -> None:
-        self.policy.gradient_checkpointing_enable()
-        self.critic.model.gradient_checkpointing_enable()
+        _recompute_activations(self.policy)
+        _recompute_activations(self.critic.model)
+
+
+def _recompute_activations(model: PreTrainedModel) -> None:
+    """Switches gradient checkpointing on, by the name that this version of transformers has for it."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
 
 
 class SharedTrunkActorCritic(WholePolicy):
@@ -175,7 +181,7 @@ class SharedTrunkActorCritic(WholePolicy):
         return list(self.value_head.parameters())
 
     def enable_gradient_checkpointing(self) -> None:
-        self.policy.gradient_checkpointing_enable()
+        _recompute_activations(self.policy)
 
 
 class AdapterActorCritic(ActorCritic):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.ppo import PPOConfig
+from rlhf.distributed.plain_state import copied
 from rlhf.ops.adaptive_kl import AdaptiveKL
 from rlhf.ops.moments import RunningMoments
 from rlhf.stages.ppo.guards import Guards
@@ -45,6 +46,7 @@ class TrainingState:
     """Controllers and statistics. The same on every rank, but for the average, which rank 0 has.
 
     `metrics` are those of the last update; `saved_update` is the update of the newest checkpoint, 0 when there is none.
+    `stopped`: a callback ended the training after this update.
     """
 
     update: int
@@ -55,6 +57,7 @@ class TrainingState:
     reference_changed: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     saved_update: int = 0
+    stopped: bool = False
     _fixed_coefficient: float = field(default=0.0)
 
     @classmethod
@@ -105,21 +108,29 @@ class TrainingState:
             models.reference.become(models.actor_critic)
         self.reference_changed = True
 
-    def to_checkpoint(self, models: PPOModels) -> dict[str, Any]:
-        """Tensors and plain values, to be written once for all ranks."""
+    def to_checkpoint(self, models: PPOModels, *, is_main: bool = True) -> dict[str, Any]:
+        """Tensors and plain values, to be written once for all ranks by the main one; all ranks call it.
+
+        The others copy no reference, unless it takes all of them to gather it.
+        """
+        reference: dict[str, Tensor] | None = None
+        if self.reference_changed:
+            reference = models.reference.state_dict() if is_main or models.ranks_score_together else {}
         return {
             "update": self.update,
+            "stopped": self.stopped,
             "metrics": {name: float(value) for name, value in self.metrics.items()},
             "guards": self.guards.state_dict(),
             "adaptive_kl": None if self.adaptive_kl is None else self.adaptive_kl.state_dict(),
             "score_moments": None if self.score_moments is None else self.score_moments.state_dict(),
             "average": None if self.average is None else self.average.weights,
-            "reference": models.reference.state_dict() if self.reference_changed else None,
+            "reference": reference,
         }
 
     def from_checkpoint(self, saved: Mapping[str, Any], models: PPOModels, *, is_main: bool) -> None:
-        """Takes back what `to_checkpoint` gave; the average belongs to the main rank alone."""
+        """Takes back what `to_checkpoint` gave; the average belongs to the main rank alone. Keeps no tensor of it."""
         self.update = self.saved_update = int(saved["update"])
+        self.stopped = bool(saved["stopped"])
         self.metrics = dict(saved["metrics"])
         self.guards.load_state_dict(saved["guards"])
         if self.adaptive_kl is not None:
@@ -127,7 +138,7 @@ class TrainingState:
         if self.score_moments is not None:
             self.score_moments.load_state_dict(saved["score_moments"])
         if self.average is not None and is_main:
-            self.average.weights = dict(saved["average"])
+            self.average.weights = copied(saved["average"])
         if saved["reference"] is not None:
             models.reference.load_state_dict(saved["reference"])
             self.reference_changed = True
