@@ -49,7 +49,7 @@ Examples:
   rlhf run experiment=quickstart stages=[ppo,evaluate,report] ppo.policy=FOLDER
   rlhf config experiment=quickstart
 
-Groups: experiment, model, data, zero, peft, launcher.
+Groups: experiment, model, data, zero, peft, ppo, launcher.
 `rlhf config experiment=NAME` lists every key with its value and origin.
 The same command again resumes, or finds nothing to do. run.dir=FOLDER chooses the run folder.
 Exit codes: 0 success, 2 wrong usage or config, 130 Ctrl-C, 143 SIGTERM, 137 a rank was killed, 1 anything else.
@@ -117,7 +117,7 @@ def _dispatch(verb: str, arguments: list[str], debug: bool) -> int:
         return EXIT_SUCCESS
     from rlhf.supervisor import supervise
 
-    return supervise(loaded.config, command=["rlhf", verb, *arguments], debug=debug)
+    return supervise(loaded.config, command=["rlhf", verb, *arguments, *(["--debug"] if debug else [])], debug=debug)
 
 
 if __name__ == "__main__":

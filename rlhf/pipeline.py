@@ -7,28 +7,31 @@ fingerprint is skipped; one that was interrupted resumes; one that belongs to an
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rlhf
 from rlhf import data
 from rlhf.config import RLHFConfig, StageName
 from rlhf.config.peft import lora_content
 from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
+from rlhf.config.provenance import flatten
 from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
 from rlhf.data.templates import chat_template
+from rlhf.distributed.zero import check_user_entries
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.paths import base_of, check_model_path, is_adapter, is_local
 from rlhf.rewards import checks as reward_checks
 from rlhf.rewards.checks import needs_reward_model, reward_model_paths
-from rlhf.runs.files import discard, fingerprint, hash_path
-from rlhf.runs.folder import RunFolder
+from rlhf.runs.files import fingerprint, hash_path
+from rlhf.runs.folder import RunFolder, StageFolder, StageResult
+from rlhf.runs.jsonable import read_json
 
 # Raised when the code of a stage changes so that an old result is no longer what the same config gives.
-FINGERPRINT_VERSION = 2
+FINGERPRINT_VERSION = 3
 
 # Keys that do not decide what comes out, and where inputs lie (their content counts).
 _BOOKKEEPING = {
@@ -45,11 +48,15 @@ _BOOKKEEPING = {
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of a run: its inputs (name to path or hub id), its fingerprint, and whether its output is there."""
+    """One stage of a run: its inputs (name to path or hub id), its fingerprint, and whether its output is there.
+
+    `decided_by` is what the fingerprint is a hash of.
+    """
 
     name: StageName
     inputs: Mapping[str, str]
     fingerprint: str
+    decided_by: Mapping[str, Any]
     finished: bool
 
 
@@ -165,6 +172,7 @@ _SECTION_KEYS: dict[tuple[StageName, str], str] = {("sft", "base"): "model.path"
 def preflight(config: RLHFConfig, run: RunFolder) -> None:
     """Everything about the inputs that can be known wrong before torch is imported. Raises `ConfigError`."""
     stages = [stage for stage in config.stages if stage != "report"]
+    check_user_entries(config)
     if stages:
         data.preflight(config.data)
         _check_data_fits(config, run)
@@ -214,8 +222,12 @@ def _content(path: str, revision: str | None) -> str:
     return f"hub:{path}@{revision or 'main'}"
 
 
-def stage_fingerprint(config: RLHFConfig, stage: StageName, inputs: Mapping[str, str], data_hash: str) -> str:
-    """A hash of everything that decides the stage's result."""
+def decided_by(config: RLHFConfig, stage: StageName, inputs: Mapping[str, str], data_hash: str) -> dict[str, Any]:
+    """Everything that decides the stage's result, as plain values. Its hash is the stage's fingerprint.
+
+    The device and the version of this package are not among it: they decide the rounding, and `FINGERPRINT_VERSION`
+    says when a result is no longer what the same config gives.
+    """
     section: dict[str, Any] = getattr(config, stage).model_dump(mode="json")
     if stage == "closed_form":
         section["ppo"] = config.ppo.model_dump(mode="json")
@@ -224,11 +236,11 @@ def stage_fingerprint(config: RLHFConfig, stage: StageName, inputs: Mapping[str,
         # The rewards' files count by their content, wherever they lie; their models are inputs.
         section["rewards"] = reward_checks.content_hash(config.ppo.rewards)
     template = config.model.chat_template
-    payload = {
-        "version": [rlhf.__version__, FINGERPRINT_VERSION],
+    return {
+        "version": FINGERPRINT_VERSION,
         "stage": stage,
         "seed": config.seed,
-        "precision": [config.distributed.precision, config.distributed.device],
+        "precision": config.distributed.precision,
         "section": {name: value for name, value in section.items() if name not in _BOOKKEEPING},
         "model": config.model.model_dump(mode="json", exclude={"path", "chat_template"}),
         "peft": lora_content(config, stage),
@@ -236,26 +248,59 @@ def stage_fingerprint(config: RLHFConfig, stage: StageName, inputs: Mapping[str,
         "data": [config.data.model_dump(mode="json", exclude={"path"}), data_hash],
         "inputs": {name: _content(path, config.model.revision) for name, path in sorted(inputs.items())},
     }
-    return fingerprint(payload)
 
 
 def plan_stage(config: RLHFConfig, run: RunFolder, stage: StageName, data_hash: str) -> StagePlan:
     """Looks at the stage's folder and says what is to be done. The stage's inputs must be there."""
     inputs = resolve_inputs(config, run, stage)
-    value = stage_fingerprint(config, stage, inputs, data_hash)
+    decisive = decided_by(config, stage, inputs, data_hash)
+    value = fingerprint(decisive)
     folder = run.stage(stage)
     result = folder.read_result()
     finished = result is not None and result.fingerprint == value and not folder.altered_outputs(result)
-    return StagePlan(stage, inputs, value, finished)
+    return StagePlan(stage, inputs, value, decisive, finished)
 
 
-def begin_stage(run: RunFolder, plan: StagePlan) -> bool:
-    """Makes the stage's folder ready; True when an interrupted attempt left checkpoints to go on from."""
-    folder = run.stage(plan.name)
-    if folder.read_result() is not None:
-        # It had finished, but its output was altered or belongs to another fingerprint: nothing of it is used.
-        discard(folder.path)
-    return folder.begin(plan.fingerprint) and folder.checkpoints.exists()
+def begin_stage(run: RunFolder, plan: StagePlan) -> tuple[bool, str | None]:
+    """Makes the stage's folder ready. Returns whether checkpoints are there to go on from, and a note for the user.
+
+    The note says why a stage starts over that had finished, or had been interrupted, and where its work has been moved.
+    """
+    folder, aside, note = run.stage(plan.name), run.previous / plan.name, None
+    result, same = folder.read_result(), folder.read_fingerprint() == plan.fingerprint
+    if result is not None or not same:
+        reason = _reason(folder, plan, result)
+        if folder.keep_aside(aside):
+            note = f"{plan.name} starts over: {reason}. What it had made is kept in {aside}"
+    return folder.begin(plan.fingerprint, plan.decided_by) and folder.checkpoints.exists(), note
+
+
+def _reason(folder: StageFolder, plan: StagePlan, result: StageResult | None) -> str:
+    """Why nothing of the stage's folder can be used under `plan`."""
+    if result is not None and result.fingerprint == plan.fingerprint:
+        return f"its output is not what it had written ({', '.join(folder.altered_outputs(result))})"
+    before = read_json(folder.decided_by)
+    now = json.loads(json.dumps(plan.decided_by))
+    if not isinstance(before, dict):
+        return "it was begun with another config or other inputs"
+    old, new = flatten(before), flatten(now)
+    changed = sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
+    shown = [f"{_key_name(path, plan.name)} {_value(old.get(path))} → {_value(new.get(path))}" for path in changed[:4]]
+    return "; ".join(shown) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+
+
+def _key_name(path: tuple[str, ...], stage: StageName) -> str:
+    """The config's key where there is one, else what the part of a fingerprint is called."""
+    if path[0] == "section":
+        return ".".join((stage, *path[1:]))
+    if path[0] == "inputs":
+        return f"the input {'.'.join(path[1:])}"
+    return {"precision": "distributed.precision", "version": "the stage's code, version"}.get(path[0], ".".join(path))
+
+
+def _value(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def default_run_folder(config: RLHFConfig, identity: str) -> Path:

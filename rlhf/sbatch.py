@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlhf.config import RLHFConfig
+from rlhf.config.overrides import join_spaced
 from rlhf.errors import EXIT_SUCCESS, ConfigError, UserError
 from rlhf.runs.files import write_text
 
 SCRIPT = "job.sbatch"
-_OWN_ARGUMENT = re.compile(r"(--)?launcher[.=]")
+# Every spelling that the command line takes, a removal too.
+_OWN_ARGUMENT = re.compile(r"(--)?(~|\+{0,2})\s*launcher\s*([.=]|$)")
 # One core for a rank's own thread and some for what feeds it; many clusters give a task a single one unless asked.
 _CORES_PER_PROCESS = 4
 _CORES_OPTION = re.compile(r"(-c|--cpus-per-(task|gpu))\b")
@@ -52,7 +54,7 @@ def write_job(config: RLHFConfig, run_folder: Path, command: Sequence[str]) -> i
 def job_script(config: RLHFConfig, run_folder: Path, command: Sequence[str], working_folder: Path) -> str:
     """The batch script's text. In the job the same command runs with the launcher set to local."""
     launcher, distributed = config.launcher, config.distributed
-    arguments = [argument for argument in command[1:] if not _OWN_ARGUMENT.match(argument)]
+    arguments = [argument for argument in join_spaced(command[1:]) if not _OWN_ARGUMENT.match(argument)]
     step = ["srun", f"--nodes={distributed.num_nodes}", f"--ntasks={distributed.num_nodes}", "--ntasks-per-node=1"]
     cores = _cores(config)
     if cores is not None:
@@ -76,6 +78,7 @@ def job_script(config: RLHFConfig, run_folder: Path, command: Sequence[str], wor
 def _in_the_job(config: RLHFConfig) -> Iterator[str]:
     """What the command is given besides: Slurm's warning comes early enough for a checkpoint, so that may take long."""
     yield "launcher.type=local"
+    yield "launcher.submit=false"  # an experiment file may say otherwise
     stop_seconds = config.launcher.signal_seconds - _SUPERVISOR_SECONDS
     if stop_seconds > config.distributed.stop_seconds:
         yield f"distributed.stop_seconds={stop_seconds}"

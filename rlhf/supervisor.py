@@ -23,6 +23,7 @@ from rlhf.config.distributed import DistributedConfig
 from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
 from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
 from rlhf.distributed.follower import follow
+from rlhf.distributed.gpus import claimed_gpus
 from rlhf.distributed.launch import launch
 from rlhf.distributed.leader import Leader
 from rlhf.distributed.nodes import NodePlace, place_of, remove_left_secrets
@@ -34,14 +35,14 @@ from rlhf.runs import console, manifest
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.report import write_report
-from rlhf.terminal import forgive_all, warn
+from rlhf.terminal import forgive_all, say, warn
 from rlhf.worker import exit_code_of, explain, leave, note_stop, run_stage
 
 # What a run is, as far as its default folder is concerned: everything but where it lives, what is logged besides, on
 # how many processes, sharded how, and in what portions it is computed: those may change from attempt to attempt.
 _NOT_IDENTITY = (
     *("run", "tracking", "stages", "plan", "launcher", "zero"),
-    *(f"distributed.{key}" for key in DistributedConfig.model_fields if key not in ("device", "precision")),
+    *(f"distributed.{key}" for key in DistributedConfig.model_fields if key != "precision"),
     *(f"{stage}.{key}" for stage in ("sft", "reward_model") for key in sorted(TRAINING_BOOKKEEPING)),
     *(f"ppo.{key}" for key in sorted(PPO_BOOKKEEPING)),
 )
@@ -81,15 +82,17 @@ def _supervise_node(config: RLHFConfig, place: NodePlace, command: Sequence[str]
     """One of several nodes: node 0 does what a single one does and leads the others."""
     values = config.model_dump(mode="json")
     if place.rank > 0:
-        run = _prepare(config)
-        return follow(
-            place,
-            run.path,
-            values,
-            lambda stage: _rank_command(run, stage, debug),
-            num_threads=config.distributed.num_threads,
-            grace_seconds=config.distributed.stop_seconds,
-        )
+        run = _folder_of(config)
+        with ExitStack() as held:
+            return follow(
+                place,
+                run.path,
+                values,
+                lambda stage: _rank_command(run, stage, debug),
+                prepare=lambda: (_prepare(config), held.enter_context(claimed_gpus(config.distributed, os.environ))),
+                num_threads=config.distributed.num_threads,
+                grace_seconds=config.distributed.stop_seconds,
+            )
     with Leader(place) as leader:
         run = _prepare(config)
         with run.lock():
@@ -99,8 +102,12 @@ def _supervise_node(config: RLHFConfig, place: NodePlace, command: Sequence[str]
             return code
 
 
+def _folder_of(config: RLHFConfig) -> RunFolder:
+    return RunFolder(default_run_folder(config, config_hash(config, exclude=_NOT_IDENTITY)))
+
+
 def _prepare(config: RLHFConfig) -> RunFolder:
-    run = RunFolder(default_run_folder(config, config_hash(config, exclude=_NOT_IDENTITY)))
+    run = _folder_of(config)
     preflight(config, run)
     run.create()
     return run
@@ -122,21 +129,24 @@ def _start_manifest(config: RLHFConfig, run: RunFolder, command: Sequence[str]) 
 
 def _run_stages(config: RLHFConfig, run: RunFolder, debug: bool, leader: Leader | None) -> int:
     data_hash = data.data_hash(config.data)
-    for position, name in enumerate(config.stages, start=1):
-        if name == "report":
-            _write_report(run)
-            continue
-        plan = plan_stage(config, run, name, data_hash)
-        if plan.finished:
-            console.heading(name, position, len(config.stages), "finished earlier, nothing to do")
-            # A supervisor that was killed between the result and this line has left the manifest without it.
-            _record_finished(run, name)
-            continue
-        code = _run_in_ranks(config, run, plan, position, debug, leader)
-        if code != EXIT_SUCCESS:
-            with _FAILED_ALREADY:
-                manifest.finish_manifest(run, code)
-            return code
+    with ExitStack() as held:
+        for position, name in enumerate(config.stages, start=1):
+            if name == "report":
+                _write_report(run)
+                continue
+            plan = plan_stage(config, run, name, data_hash)
+            if plan.finished:
+                console.heading(name, position, len(config.stages), "finished earlier, nothing to do")
+                # A supervisor that was killed between the result and this line has left the manifest without it.
+                _record_finished(run, name)
+                continue
+            # From the first stage that has something to do to the last; a second time it finds the choice made.
+            held.enter_context(claimed_gpus(config.distributed, os.environ))
+            code = _run_in_ranks(config, run, plan, position, debug, leader)
+            if code != EXIT_SUCCESS:
+                with _FAILED_ALREADY:
+                    manifest.finish_manifest(run, code)
+                return code
     _finish(config, run)
     return EXIT_SUCCESS
 
@@ -155,8 +165,10 @@ def _write_report(run: RunFolder) -> None:
 
 
 def _begin(config: RLHFConfig, run: RunFolder, plan: StagePlan, position: int) -> None:
-    resumes = begin_stage(run, plan)
+    resumes, note = begin_stage(run, plan)
     detail = "goes on where it was interrupted" if resumes else ""
+    if note is not None:
+        say(f"rlhf: {note}")
     inputs = {name: str(path) for name, path in plan.inputs.items()}
     manifest.update_stage(run, plan.name, status="running", fingerprint=plan.fingerprint, inputs=inputs, stopped=None)
     console.heading(plan.name, position, len(config.stages), detail)
@@ -277,7 +289,7 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
     locks = ExitStack()
     try:
         runtime = Runtime.start(config.distributed, config.zero, config.seed)
-        run = RunFolder(default_run_folder(config, config_hash(config, exclude=_NOT_IDENTITY)))
+        run = _folder_of(config)
         if runtime.is_main:
             _prepare(config)
             locks.enter_context(run.lock())
@@ -311,7 +323,7 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
             _finish(config, run)
         runtime.barrier()
     # The process boundary: every error becomes a message and an exit code.
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001
         if isinstance(error, Stopped) and os.environ.get("RANK", "0") != "0":
             # Rank 0 says it for all; a launcher that sees a rank gone may not let it finish.
             if run is not None:

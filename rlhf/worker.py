@@ -89,10 +89,27 @@ def exit_code_of(error: BaseException, run: RunFolder | None) -> int:
 
 
 def _of_user(error: BaseException, run: RunFolder | None) -> BaseException:
-    """A full or read-only disk under whatever name a library gives it becomes the error that says so."""
+    """A full or read-only disk under whatever name a library gives it becomes the error that says so, as does an exit.
+
+    A rank that stage code ends by `sys.exit(0)` is no success: nothing has been recorded, and the other ranks wait.
+    """
     if isinstance(error, UserError):
         return error
+    if isinstance(error, SystemExit) and stopping.requested() is None:
+        return _exit_error(error)
     return storage_error(error, run.path if run is not None else Path.cwd()) or error
+
+
+def _exit_error(error: SystemExit) -> UserError:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    code = "" if error.code is None else repr(error.code)
+    explained = UserError(
+        f"something in the stage called sys.exit({code}){where}; a stage ends by returning. "
+        "Raise an error there if it is one, else return."
+    )
+    explained.__cause__ = error
+    return explained
 
 
 def note_stop(run: RunFolder, name: StageName, stopped: Stopped) -> None:
@@ -126,7 +143,7 @@ def main(arguments: list[str]) -> int:
         note_stop(run, name, stopped)  # type: ignore[arg-type]
         return stopped.exit_code
     # The process boundary: every error becomes a message and an exit code.
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001
         return explain(error, run, debug)
     return EXIT_SUCCESS
 

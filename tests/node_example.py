@@ -1,8 +1,9 @@
 """One node of a run whose ranks are small scripts: `python -m tests.node_example SETTINGS RANK [KEY=VALUE ...]`.
 
 SETTINGS is a JSON file with `folder` (the run folder, with the ranks' script `rank.py`), `num_nodes`, `num_processes`,
-`port`, `timeout` and `stages`; with `raises` node 0 fails with that message once rank 1 is there. KEY=VALUE changes
-what this node takes for its config. It ends like the command does.
+`port`, `timeout`, `silent` and `stages`; with `raises` node 0 fails with that message once rank 1 is there, and with
+`pause` it makes the file `paused` after each stage and does nothing for so many seconds. KEY=VALUE changes what this
+node takes for its config. It ends like the command does.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def write_settings(folder: Path, rank_code: str, **settings: Any) -> Path:
     (folder / "rank.py").write_text(PREAMBLE + textwrap.dedent(rank_code))
     with reserved_port() as port:
         pass
-    defaults = {"num_nodes": 2, "num_processes": 1, "port": port, "timeout": 60, "stages": ["sft"]}
+    defaults = {"num_nodes": 2, "num_processes": 1, "port": port, "timeout": 60, "silent": 6, "stages": ["sft"]}
     path = folder / "settings.json"
     path.write_text(json.dumps({"folder": str(folder), **defaults, **settings}))
     return path
@@ -79,6 +80,7 @@ def main(path: str, rank: str, *changes: str) -> int:
         settings["port"],
         settings["num_processes"],
         settings["timeout"],
+        settings["silent"],
     )
     command = [sys.executable, str(folder / "rank.py")]
     if place.rank > 0:
@@ -95,7 +97,9 @@ def main(path: str, rank: str, *changes: str) -> int:
             print(f"{stage}: {result.describe()}\n{result.log_tail}", flush=True)
             if result.exit_code:
                 break
-            time.sleep(settings.get("pause", 0))
+            if "pause" in settings:
+                (folder / "paused").touch()
+                time.sleep(settings["pause"])
         leader.end(result.exit_code)
         return result.exit_code
 

@@ -20,6 +20,7 @@ class DistributedConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 on CUDA and fp32 on CPU")
     num_threads: PositiveInt | None = Field(None, description="CPU threads a process; null shares the cores out")
     stop_seconds: PositiveFloat = Field(25, description="what a stage may take to end by SIGTERM before it is killed")
+    silent_seconds: float = Field(6, ge=2, allow_inf_nan=False, description="a node unheard for so long is gone")
     timeout_seconds: PositiveInt = Field(600, description="collective operations and nodes that wait longer fail")
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf.config.base import PositiveInt, Section
 
@@ -33,3 +33,12 @@ class LauncherConfig(Section):
     extra: tuple[Line, ...] = Field((), description="slurm: further options of sbatch, such as --constraint=a100")
     setup: tuple[Line, ...] = Field((), description="slurm: shell lines before the run, such as module load cuda")
     python: Line | None = Field(None, description="slurm: the Python of the nodes; null is the one that runs now")
+
+    @model_validator(mode="after")
+    def _something_to_submit(self) -> LauncherConfig:
+        if self.submit and self.type != "slurm":
+            raise ValueError(
+                f"launcher.submit=true submits a batch script, but launcher.type is {self.type}, which writes none: "
+                "write launcher=slurm as well, or launcher.submit=false to run here"
+            )
+        return self

@@ -52,7 +52,7 @@ class Arguments:
 def parse_arguments(arguments: Sequence[str], groups: Collection[str]) -> Arguments:
     """Sorts arguments into group choices and values. Never raises: a malformed argument becomes a problem."""
     parsed = Arguments()
-    for argument in _split(_join_spaced(arguments), parsed.problems):
+    for argument in _split(join_spaced(arguments), parsed.problems):
         if argument.key in groups and argument.text is not None and not argument.text.strip().startswith("{"):
             parsed.choices[argument.key] = argument
         elif argument.key in groups and argument.text is None:
@@ -63,7 +63,7 @@ def parse_arguments(arguments: Sequence[str], groups: Collection[str]) -> Argume
     return parsed
 
 
-def _join_spaced(arguments: Sequence[str]) -> list[str]:
+def join_spaced(arguments: Sequence[str]) -> list[str]:
     """`--a.b c` becomes `--a.b=c`, when `c` cannot be an argument of its own."""
     joined: list[str] = []
     for argument in arguments:

@@ -18,8 +18,6 @@ import struct
 import threading
 from typing import Any
 
-# A node of which nothing was heard for so long is gone: with the grace for its peers' ranks that is within 10 seconds.
-SILENT_SECONDS = 6.0
 BEAT_SECONDS = 1.0
 _MAX_BYTES = 1 << 20
 _SIOCGIFADDR = 0x8915
@@ -83,15 +81,16 @@ class Lines:
 class Channel:
     """A connection to a node that is trusted: threads of its own receive and keep the heart-beat going.
 
-    So a supervisor that is busy for minutes, hashing a model say, is heard all the while.
+    So a supervisor that is busy for minutes, hashing a model say, is heard all the while. The other side is lost when
+    nothing was heard of it for `silent_seconds`.
     """
 
-    def __init__(self, lines: Lines) -> None:
+    def __init__(self, lines: Lines, silent_seconds: float) -> None:
         self._lines = lines
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._lost: str | None = None
-        lines.connection.settimeout(SILENT_SECONDS)
+        lines.connection.settimeout(silent_seconds)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         threading.Thread(target=self._beat, daemon=True).start()

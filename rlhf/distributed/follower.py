@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import rlhf
 from rlhf.distributed.channel import Channel, ChannelError, Lines, Message, interface_of, proof, proves
 from rlhf.distributed.launch import SignalWatch, launch
-from rlhf.distributed.nodes import PROTOCOL, NodePlace, Secret, exit_of, notice
+from rlhf.distributed.nodes import NodePlace, Secret, exit_of, installed, notice
 from rlhf.distributed.peers import LaunchResult, Placement, Word
-from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, ConfigError, UserError
+from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, ConfigError, Stopped, UserError
 
 # How long a file that node 0 has written may take to be seen here.
 SHARED_SECONDS = 10.0
@@ -34,14 +33,16 @@ def follow(
     values: Mapping[str, Any],
     command: Callable[[str], Sequence[str]],
     *,
+    prepare: Callable[[], object] | None = None,
     num_threads: int | None = None,
     grace_seconds: float = 25.0,
 ) -> int:
     """Does what node 0 says until it says how the run ended. Returns the exit code, the same on all nodes.
 
-    `values` is the config as plain values; `command(stage)` is what a rank of a stage runs. Raises `ConfigError` when
-    node 0 refuses this node or the run folder is not shared, and `UserError` when node 0 does not come or goes.
-    `num_threads` and `grace_seconds` are what `launch` takes.
+    `values` is the config as plain values; `command(stage)` is what a rank of a stage runs; `prepare` sees that this
+    node can work, after it has joined, so that its error ends all nodes. Raises that error, `ConfigError` when node 0
+    refuses this node or the run folder is not shared, and `UserError` when node 0 does not come or goes. `num_threads`
+    and `grace_seconds` are what `launch` takes.
     """
     try:
         channel, environment = _Joining(place, run_folder, values).join()
@@ -49,32 +50,21 @@ def follow(
         return _end(place, ended.message)
     missing = {name: value for name, value in environment.items() if name not in os.environ}
     run_stage = partial(launch, env_extra=missing, num_threads=num_threads, grace_seconds=grace_seconds)
-    told: int | None = None
+
+    def run_ranks(stage: str, peers: _LeaderPeers) -> LaunchResult:
+        logs = run_folder / "logs" / stage
+        _announce(place, stage, logs)
+        return run_stage(command(stage), place.num_processes, log_folder=logs, peers=peers)
+
     try:
-        with SignalWatch() as watch:
-            while True:
-                if watch.received and told is None:
-                    told = watch.received[0]
-                    channel.send("signal", number=told, at_once=False)
-                if watch.received.count(signal.SIGINT) > 1:
-                    return 128 + watch.received[0]
-                message = channel.poll()
-                if message is None:
-                    if channel.lost is not None:
-                        return _lost(place, channel.lost, told)
-                    time.sleep(_POLL_SECONDS)
-                elif message["type"] == "end":
-                    return _end(place, message)
-                elif message["type"] == "stage":
-                    name = _stage_of(message, values)
-                    logs = run_folder / "logs" / name
-                    peers = _LeaderPeers(channel, _placement(place, channel, int(message["port"])))
-                    _announce(place, name, logs)
-                    result = run_stage(command(name), place.num_processes, log_folder=logs, peers=peers)
-                    if peers.ended is not None:
-                        return _end(place, peers.ended)
-                    told = result.interrupted_by or told
-                    channel.send("done")
+        if prepare is not None:
+            prepare()
+        channel.send("ready")
+        return _obey(place, channel, values, run_ranks)
+    except Stopped as stopped:
+        channel.send("signal", number=stopped.number, at_once=False)
+        channel.finish()
+        raise
     except Exception as error:  # whatever it is, node 0 waits for this node and its user looks there
         code, problem = exit_of(error)
         channel.send("failed", rank=None, exit_code=code, problem=problem)
@@ -82,6 +72,38 @@ def follow(
         raise
     finally:
         channel.close()
+
+
+def _obey(
+    place: NodePlace,
+    channel: Channel,
+    values: Mapping[str, Any],
+    run_ranks: Callable[[str, _LeaderPeers], LaunchResult],
+) -> int:
+    told: int | None = None
+    with SignalWatch() as watch:
+        while True:
+            if watch.received and told is None:
+                told = watch.received[0]
+                channel.send("signal", number=told, at_once=False)
+            if watch.received.count(signal.SIGINT) > 1:
+                return 128 + watch.received[0]
+            message = channel.poll()
+            if message is None:
+                if channel.lost is not None:
+                    return _lost(place, channel.lost, told)
+                time.sleep(_POLL_SECONDS)
+            elif message["type"] == "end":
+                return _end(place, message)
+            elif message["type"] == "stage":
+                name = _stage_of(message, values)
+                if told is None:  # else node 0 has not read yet that the run is to end
+                    peers = _LeaderPeers(channel, _placement(place, channel, int(message["port"])))
+                    result = run_ranks(name, peers)
+                    if peers.ended is not None:
+                        return _end(place, peers.ended)
+                    told = result.interrupted_by
+                channel.send("done")
 
 
 def _stage_of(message: Message, values: Mapping[str, Any]) -> str:
@@ -226,8 +248,7 @@ class _Joining:
         facts = [challenge.get("nonce"), nonce, self.place.rank]
         lines.send(
             "hello",
-            protocol=PROTOCOL,
-            version=rlhf.__version__,
+            installed=installed(),
             node_rank=self.place.rank,
             host=socket.gethostname(),
             nonce=nonce,
@@ -239,7 +260,7 @@ class _Joining:
             raise ChannelError("what answers there is not node 0 of this run")
         if answer["type"] == "refused":
             raise ConfigError(str(answer["message"]))
-        return Channel(lines), secret.environment
+        return Channel(lines, self.place.silent_seconds), secret.environment
 
     def _receive(self, lines: Lines) -> Message:
         """The next message but for those by which node 0 asks for patience."""

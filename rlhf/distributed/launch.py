@@ -1,7 +1,8 @@
 """Starts one process for each rank on this host and sees to it that all of them end together. Needs no torch.
 
 Every rank is a child in its own session, so a terminal's Ctrl-C reaches only the supervisor, which then asks the ranks
-to end. A rank calls `die_with_parent` when it starts, so that none outlives a supervisor that was killed outright.
+to end. A rank calls `die_with_parent` when it starts, so that none outlives a supervisor that was killed outright; what
+a rank has started itself is ended by a `Watchdog` then.
 With several nodes the supervisor of each starts its own ranks; `Peers` is how it hears of the others.
 """
 
@@ -23,6 +24,7 @@ from types import FrameType, TracebackType
 from typing import IO, Any
 
 from rlhf.distributed.peers import LaunchResult, Peers, Placement, Word
+from rlhf.distributed.watchdog import Watchdog
 from rlhf.errors import EXIT_SUCCESS, Stopped
 
 SUPERVISOR_PID = "RLHF_SUPERVISOR_PID"
@@ -116,7 +118,8 @@ def launch(
         log_folder.mkdir(parents=True, exist_ok=True)
         placement = _on_this_host(stack.enter_context(reserved_port())) if peers is None else peers.placement
         watch = stack.enter_context(SignalWatch())
-        ranks = stack.enter_context(_Ranks(placement.node_rank * num_processes))
+        watchdog = stack.enter_context(Watchdog())
+        ranks = stack.enter_context(_Ranks(placement.node_rank * num_processes, watchdog))
         env = {**os.environ, **(env_extra or {})}
         env.update(_shared_env(num_processes, placement, threads_per_rank(num_processes, num_threads, env)))
         # A thread that spins while it waits takes the core from the thread it waits for as soon as anything else runs
@@ -129,11 +132,11 @@ def launch(
         course = _Course(ranks, peers, grace_seconds, failure_grace_seconds, tail_lines)
         while True:
             running = ranks.poll()
-            course.look(watch.received, watch.earlier)
+            course.look([*watch.earlier, *watch.received])
             if not running and (peers is None or not peers.busy()):
                 break
             time.sleep(_POLL_SECONDS)
-    result, unanswered = course.result(), watch.received[course.num_signals :]
+    result, unanswered = course.result(), [*watch.earlier, *watch.received][course.num_signals :]
     if result.exit_code == EXIT_SUCCESS and unanswered and watch.outer is None:
         raise Stopped(unanswered[0])
     return result
@@ -172,15 +175,15 @@ class _Course:
     killed: bool = False
     while_stopping: list[LaunchResult] = field(default_factory=list)
 
-    def look(self, received: Sequence[int], earlier: Sequence[int] = ()) -> None:
-        """Ends all ranks after the first failure anywhere, or when any node is told to end.
+    def look(self, received: Sequence[int]) -> None:
+        """Ends all ranks after the first failure anywhere, or when any node is told to end; `received` are all signals.
 
-        `received` are the signals since the ranks were started, `earlier` those that came before.
+        Those that came before the ranks were started, which nobody has answered, count like the others.
         """
         # What fails after it was asked to end is no cause.
         failed = None if self.ending else self.ranks.first_failure()
         for number in received[self.num_signals :]:
-            at_once = [*earlier, *received].count(signal.SIGINT) > 1
+            at_once = received.count(signal.SIGINT) > 1
             if self.peers is not None:
                 self.peers.tell_signal(number, at_once)
             self._hear(Word(signal=number, at_once=at_once))
@@ -291,6 +294,7 @@ class _Ranks:
     """This node's rank processes; leaving the context kills what is left of them."""
 
     first_rank: int
+    watchdog: Watchdog
     members: list[_Rank] = field(default_factory=list)
     _failures: list[int] = field(default_factory=list)
 
@@ -320,6 +324,7 @@ class _Ranks:
                 start_new_session=True,
             )
             self.members.append(_Rank(process, log, 0 if output is None else output.tell()))
+            self.watchdog.guard(process.pid)
 
     def poll(self) -> bool:
         """Collects ranks that ended and kills what they left in their groups. True while one is running."""
@@ -328,6 +333,7 @@ class _Ranks:
             if not member.reaped and member.process.poll() is not None:
                 member.reaped = True
                 _signal_group(member.process.pid, signal.SIGKILL)
+                self.watchdog.release(member.process.pid)
                 if member.process.returncode:
                     ended.append(number)
         # Of ranks found dead at once, one that a signal ended is the cause, the others' broken connections its effect.

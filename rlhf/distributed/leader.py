@@ -17,10 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import rlhf
 from rlhf.distributed.channel import Channel, ChannelError, Lines, Message, interface_of, proof, proves
 from rlhf.distributed.launch import reserved_port
-from rlhf.distributed.nodes import PROTOCOL, NodePlace, Secret, differences, exit_of, notice
+from rlhf.distributed.nodes import NodePlace, Secret, exit_of, mistake_in, notice
 from rlhf.distributed.peers import LaunchResult, Placement, Word
 from rlhf.distributed.stopping import SIGNALS
 from rlhf.errors import EXIT_FAILURE, ConfigError, Stopped, UserError
@@ -33,7 +32,6 @@ _FINISH_SECONDS = 2.0
 _LINGER_SECONDS = 1.0
 # So many connections besides those of the run's nodes are looked at at a time.
 _STRANGERS = 16
-_SHOWN_DIFFERENCES = 10
 
 
 @dataclass
@@ -43,6 +41,7 @@ class _Node:
     rank: int
     host: str
     channel: Channel
+    ready: bool = False
     busy: bool = False
     given_up: bool = False
 
@@ -108,11 +107,11 @@ class Leader:
             node.channel.finish(max(0.0, deadline - time.monotonic()))
 
     def meet(self, run_folder: Path, values: Mapping[str, Any]) -> None:
-        """Waits until all nodes have joined; call it while holding the run folder's lock.
+        """Waits until all nodes have joined and can work; call it while holding the run folder's lock.
 
-        `values` is the config as plain values: a node with another one is refused. Raises `ConfigError` then, and
-        `UserError` when nodes are missing after `distributed.timeout_seconds`, and `Stopped` when one that has joined
-        is told to end. The secret is in the folder only meanwhile.
+        `values` is the config as plain values: a node with another one is refused. Raises `ConfigError` then,
+        `UserError` when nodes are missing after `distributed.timeout_seconds` or one that has joined cannot work, and
+        `Stopped` when one is told to end. The secret is in the folder only meanwhile.
         """
         self._run_folder, self._values = run_folder, values
         secret = Secret.write(run_folder, os.environ)
@@ -124,7 +123,7 @@ class Leader:
             if self._wrong is not None:
                 raise ConfigError(self._wrong)
             waited = time.monotonic() - started
-            names = ", ".join(str(rank) for rank in missing)
+            names = ", ".join(f"{rank} (not ready yet)" if rank in self._nodes else str(rank) for rank in missing)
             if waited > self._place.timeout_seconds:
                 raise UserError(
                     f"of {self._place.num_nodes} nodes these did not come to {self._place.address} within "
@@ -149,7 +148,12 @@ class Leader:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[_StagePeers]:
-        """Has the other nodes start their ranks of a stage; yields what `launch` needs to start and watch its own."""
+        """Has the other nodes start their ranks of a stage; yields what `launch` needs to start and watch its own.
+
+        Raises `Stopped` or `UserError` when a node was told to end or failed since the last stage.
+        """
+        for node in self._nodes.values():
+            self._heed(node)
         with reserved_port(self._bound) as port:
             for node in self._nodes.values():
                 node.busy = True
@@ -164,16 +168,27 @@ class Leader:
     def _missing(self) -> list[int]:
         with self._changed:
             for rank, node in list(self._nodes.items()):
-                while (message := node.channel.poll()) is not None:
-                    if message["type"] == "signal":
-                        notice(f"{node.name} was told to end")
-                        raise Stopped(int(message["number"]))
+                self._heed(node)
                 if node.channel.lost is not None:
                     notice(f"{node.name} is gone again: {node.channel.lost}")
                     del self._nodes[rank]
-            missing = [rank for rank in range(1, self._place.num_nodes) if rank not in self._nodes]
+            ready = [rank for rank, node in self._nodes.items() if node.ready]
+            missing = [rank for rank in range(1, self._place.num_nodes) if rank not in ready]
             self._complete = not missing
             return missing
+
+    def _heed(self, node: _Node) -> None:
+        """Hears a node while no stage runs."""
+        while (message := node.channel.poll()) is not None:
+            if message["type"] == "ready":
+                node.ready = True
+            elif message["type"] == "signal":
+                notice(f"{node.name} was told to end")
+                raise Stopped(int(message["number"]))
+            elif message["type"] == "failed":
+                error = UserError(f"{node.name}: {message['problem']}")
+                error.exit_code = int(message["exit_code"])
+                raise error
 
     def _forget_secret(self) -> None:
         if self._secret is not None and self._run_folder is not None:
@@ -222,7 +237,7 @@ class Leader:
     def _admit(self, lines: Lines, secret: Secret, address: str) -> bool:
         """Lets a node in, refuses it with a reason, or turns away one that cannot prove anything."""
         challenge = secrets.token_hex(16)
-        lines.send("challenge", protocol=PROTOCOL, token=secret.token, nonce=challenge)
+        lines.send("challenge", token=secret.token, nonce=challenge)
         message = lines.receive()
         if message["type"] == "unreadable":
             if self._complete:  # the secret went while this node looked for it
@@ -241,11 +256,11 @@ class Leader:
             if self._ended:
                 return False
             taken = self._taken(message)
-            mistake = _mistake(self._values, message)
+            mistake = mistake_in(message, self._values)
             refusal = mistake or taken
             if refusal is None:
                 lines.send("welcome", proof=answer)
-                node = _Node(message["node_rank"], str(message.get("host")), Channel(lines))
+                node = _Node(message["node_rank"], str(message.get("host")), Channel(lines, self._place.silent_seconds))
                 self._nodes[node.rank] = node
             else:
                 lines.send("refused", proof=answer, message=refusal)
@@ -262,21 +277,6 @@ class Leader:
             return None
         taken = "this is node 0" if rank == 0 else f"{self._nodes[rank].name} has joined already"
         return f"two nodes have distributed.node_rank={rank}: {taken}, and {host} wants to. Give each its own."
-
-
-def _mistake(values: Mapping[str, Any], hello: Message) -> str | None:
-    """What makes a node unfit for a run with these values."""
-    who = f"node {hello['node_rank']} ({hello.get('host')})"
-    if hello.get("protocol") != PROTOCOL or hello.get("version") != rlhf.__version__:
-        return f"{who} has rlhf {hello.get('version')}, node 0 has {rlhf.__version__}: install the same on all nodes."
-    different = differences(values, hello["config"])
-    if not different:
-        return None
-    more = "" if len(different) <= _SHOWN_DIFFERENCES else f" and {len(different) - _SHOWN_DIFFERENCES} more"
-    return (
-        f"the config of {who} is not that of node 0: {', '.join(different[:_SHOWN_DIFFERENCES])}{more}. Give all nodes "
-        "the same command but for distributed.node_rank."
-    )
 
 
 class _StagePeers:

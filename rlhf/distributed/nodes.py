@@ -11,6 +11,7 @@ W&B, Hugging Face and the communication libraries to the other nodes, so that no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -18,15 +19,17 @@ import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import rlhf
 from rlhf.config.distributed import DistributedConfig, split_address
 from rlhf.distributed.slurm import node_from_slurm, under_launcher
 from rlhf.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_SUCCESS, ConfigError, UserError
 from rlhf.terminal import warn
 
-PROTOCOL = "rlhf-nodes/1"
 # Variables of node 0 that its ranks on other nodes get too, unless they are set there.
 FORWARDED = ("WANDB_", "HF_", "NCCL_", "TORCH_NCCL_", "GLOO_")
 # Those of them that hold no secrets.
@@ -34,6 +37,9 @@ _HARMLESS = ("NCCL_", "TORCH_NCCL_", "GLOO_")
 # What may differ between the commands of a run's nodes.
 OWN_KEYS = ("distributed.node_rank",)
 _SECRETS = ".nodes-*.json"
+# Packages with which ranks that have different versions would compute, or say to each other, different things.
+_SAME_PACKAGES = ("torch", "deepspeed", "transformers")
+_SHOWN_DIFFERENCES = 10
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class NodePlace:
     port: int
     num_processes: int
     timeout_seconds: int
+    silent_seconds: float
 
     @property
     def address(self) -> str:
@@ -70,7 +77,9 @@ def place_of(config: DistributedConfig, env: Mapping[str, str]) -> NodePlace | N
     if rank is None or rendezvous is None:
         raise _missing(config, rank, rendezvous, env)
     host, port = split_address(rendezvous)
-    return NodePlace(rank, config.num_nodes, host, port, config.num_processes, config.timeout_seconds)
+    return NodePlace(
+        rank, config.num_nodes, host, port, config.num_processes, config.timeout_seconds, config.silent_seconds
+    )
 
 
 def _missing(
@@ -167,6 +176,41 @@ def exit_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return getattr(error, "exit_code", EXIT_INTERRUPTED), str(error)
     return EXIT_FAILURE, f"{type(error).__name__}: {error}"
+
+
+@cache
+def installed() -> dict[str, str]:
+    """What has to be the same on all nodes: versions, and a hash of this package's code, which changes between them."""
+    versions = {"rlhf": rlhf.__version__, "code of rlhf": _code_hash(Path(rlhf.__file__).parent)}
+    for name in _SAME_PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def _code_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        name, content = path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{name} {content}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def mistake_in(hello: Mapping[str, Any], values: Mapping[str, Any]) -> str | None:
+    """What makes the node that says `hello` unfit for a run with these config values; None for one that fits."""
+    who = f"node {hello['node_rank']} ({hello.get('host')})"
+    theirs = hello.get("installed")
+    different = differences(installed(), theirs if isinstance(theirs, dict) else {})
+    if different:
+        return f"{who} has not installed what node 0 has: {', '.join(different)}. Install the same on all nodes."
+    different = differences(values, hello["config"])
+    if not different:
+        return None
+    more = "" if len(different) <= _SHOWN_DIFFERENCES else f" and {len(different) - _SHOWN_DIFFERENCES} more"
+    return (
+        f"the config of {who} is not that of node 0: {', '.join(different[:_SHOWN_DIFFERENCES])}{more}. Give all nodes "
+        "the same command but for distributed.node_rank."
+    )
 
 
 def differences(leader: Mapping[str, Any], follower: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,8 @@ import torch.distributed
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.zero import ZeroConfig
 from rlhf.distributed.launch import die_with_parent, threads_per_rank
-from rlhf.distributed.slurm import adopt_slurm
+from rlhf.distributed.slurm import adopt_slurm, tasks_are_ranks
+from rlhf.distributed.zero import check_with_deepspeed
 from rlhf.errors import ConfigError
 
 ObjectT = TypeVar("ObjectT")
@@ -34,6 +35,7 @@ class Runtime:
 
     `dtype` is what forward passes compute in and what frozen models are held in. A module that is trained is loaded in
     float32 whatever the precision: the engine keeps float32 master weights and lowers the precision of the rest.
+    `stop_seconds` is what a stop may take.
     """
 
     rank: int
@@ -41,6 +43,7 @@ class Runtime:
     local_rank: int
     device: torch.device
     precision: Precision
+    stop_seconds: float = float("inf")
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +69,8 @@ class Runtime:
         rank, world_size, local_rank, local_world_size = _identity(config)
         _quiet_libraries()
         device = _choose_device(config, local_rank)
+        if device.type == "cuda":
+            local_rank = device.index  # Accelerate and DeepSpeed take it for the device's number
         # Whoever imports DeepSpeed, and transformers may at stage 0 too, must not let it choose a device of its own.
         os.environ["DS_ACCELERATOR"] = device.type
         precision = _choose_precision(config, device)
@@ -80,12 +85,13 @@ class Runtime:
                 os.environ.pop(name, None)
         if zero.stage > 0:
             _prepare_deepspeed(device)
+            check_with_deepspeed(zero)
         _seed_everything(seed)
         if device.type == "cpu":
             # What use_deterministic_algorithms(True, warn_only=True) does, which imports the compiler for a second.
             torch.set_deterministic_debug_mode("warn")
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        return cls(rank, world_size, local_rank, device, precision)
+        return cls(rank, world_size, local_rank, device, precision, config.stop_seconds)
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -179,6 +185,8 @@ def _choose_device(config: DistributedConfig, local_rank: int) -> torch.device:
             "distributed.device is cuda, but torch finds no CUDA device. "
             "Set distributed.device=cpu, or install a CUDA build of torch and check `nvidia-smi`."
         )
+    if torch.cuda.device_count() == 1 and tasks_are_ranks(os.environ):
+        local_rank = 0  # srun --gpus-per-task=1: each task sees its own GPU alone, and it is number 0 to all of them
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"distributed.num_processes is {config.num_processes}, but this host has {torch.cuda.device_count()} "

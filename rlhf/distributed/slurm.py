@@ -14,6 +14,11 @@ def under_launcher(env: Mapping[str, str]) -> bool:
     return ("RANK" in env and "WORLD_SIZE" in env) or _slurm_tasks(env) > 1
 
 
+def tasks_are_ranks(env: Mapping[str, str]) -> bool:
+    """Whether srun started every rank of the group itself; our supervisors, one a node, start more than it did."""
+    return 1 < _slurm_tasks(env) == int(env.get("WORLD_SIZE", "1"))
+
+
 def adopt_slurm(env: MutableMapping[str, str]) -> None:
     """Fills in what torch expects from srun's variables; what is already set stays. A no-op outside srun.
 

@@ -108,6 +108,8 @@ class StopPoll:
 
     def __init__(self, runtime: Runtime | None = None) -> None:
         self._runtime = runtime
+        self._looked_at = time.monotonic()
+        self._said_so = False
 
     @property
     def asked(self) -> bool:
@@ -116,6 +118,7 @@ class StopPoll:
 
     def give_up_if_asked(self) -> None:
         """Raises `WorkGivenUp` when this rank has been told to stop."""
+        self._looked_at = time.monotonic()
         if self.asked:
             raise WorkGivenUp
 
@@ -123,6 +126,7 @@ class StopPoll:
         """The signal by which all ranks stop here, None when they go on. All ranks call it and get the same answer."""
         if self._runtime is None:
             return None
+        self._mind_the_time(self._runtime)
         if self._runtime.world_size == 1:
             return _requests.number
         import torch
@@ -136,6 +140,18 @@ class StopPoll:
                     _requests.number, _requests.seen_at = number, time.monotonic()
                 return int(number)
         return None
+
+    def _mind_the_time(self, runtime: Runtime) -> None:
+        """Rank 0 says once what will be lost where a step takes longer than a stop may."""
+        before, self._looked_at = self._looked_at, time.monotonic()
+        seconds = self._looked_at - before
+        if seconds > runtime.stop_seconds and runtime.is_main and not self._said_so:
+            self._said_so = True
+            warn(
+                f"rlhf: for {seconds:.0f} s the training could not have stopped, and distributed.stop_seconds="
+                f"{runtime.stop_seconds:g} is less: a stop would have killed it, and what was trained since the newest "
+                "checkpoint were lost. Raise the key, and the time that your scheduler leaves, or lower save_every."
+            )
 
     def stop_if_agreed(self) -> None:
         """Raises `Stopped` on all ranks when one of them has been told to stop. All ranks call it."""

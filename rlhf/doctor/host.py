@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import shutil
 import socket
 import threading
+import time
 from pathlib import Path
 
 from rlhf.config import RLHFConfig
@@ -19,6 +21,7 @@ LOW_MEMORY_BYTES = 2 * _GIB
 LOW_SHARED_MEMORY_BYTES = _GIB
 LOW_OPEN_FILES = 1024
 RESOLVE_SECONDS = 3.0
+OLD_BUILD_SECONDS = 15 * 60
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -38,6 +41,38 @@ def check_compiler() -> Finding:
         "need one",
         "apt-get install g++ (or your system's like) and pip install ninja; with the defaults nothing is compiled",
     )
+
+
+def check_builds() -> Finding:
+    """Locks that killed builds of C++ extensions left: torch waits for them without a word and without end."""
+    left = [
+        lock
+        for pattern in ("*/lock", "*/*/lock")
+        for lock in sorted(_builds_folder().glob(pattern))
+        if time.time() - _modified(lock) > OLD_BUILD_SECONDS
+    ]
+    if not left:
+        return green("builds", f"no lock is left in {_builds_folder()}")
+    return yellow(
+        "builds",
+        f"a build of {', '.join(lock.parent.name for lock in left)} has not ended for more than "
+        f"{OLD_BUILD_SECONDS // 60} minutes; if it was killed, whoever needs it next waits for ever",
+        f"unless one runs (pgrep ninja): rm {shlex.join(map(str, left))}",
+    )
+
+
+def _builds_folder() -> Path:
+    """Where torch.utils.cpp_extension builds, one folder for each extension, in one for each Python unless set."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"))
+
+
+def _modified(path: Path) -> float:
+    """Seconds since the epoch; now for what has just gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
 
 
 def check_memory() -> Finding:

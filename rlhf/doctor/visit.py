@@ -62,6 +62,7 @@ class Visit:
         quick: list[tuple[str, _Check]] = [
             ("packages", lambda: packages.check_packages(config)),
             ("compiler", host.check_compiler),
+            ("builds", host.check_builds),
             ("memory", host.check_memory),
             ("shared memory", host.check_shared_memory),
             ("open files", host.check_open_files),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,11 @@ class StageFolder:
         """Fingerprint of the attempt that the checkpoints belong to."""
         return self.path / "fingerprint"
 
+    @property
+    def decided_by(self) -> Path:
+        """What the fingerprint is a hash of, as JSON: keys and content hashes."""
+        return self.path / "decided_by.json"
+
     def read_fingerprint(self) -> str | None:
         """The fingerprint that `begin` wrote; None when there is none."""
         try:
@@ -72,10 +77,11 @@ class StageFolder:
         except FileNotFoundError:
             return None
 
-    def begin(self, fingerprint: str) -> bool:
+    def begin(self, fingerprint: str, decided_by: Mapping[str, Any]) -> bool:
         """Makes the folder ready for work under `fingerprint`; True when earlier checkpoints may be resumed.
 
-        Whatever another fingerprint left (checkpoints, model, result) is removed first, so it is never mixed in.
+        `decided_by` is what the fingerprint is a hash of. Whatever another fingerprint left is removed first, so it is
+        never mixed in: `keep_aside` before saves what is worth it.
         """
         resumable = self.read_fingerprint() == fingerprint
         with files.disk_errors(self.path):
@@ -83,8 +89,19 @@ class StageFolder:
                 files.discard(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         if not resumable:
+            files.write_json(self.decided_by, decided_by)
             files.write_text(self.fingerprint_file, fingerprint + "\n")
         return resumable
+
+    def keep_aside(self, aside: Path) -> bool:
+        """Moves the folder to `aside`, in the place of what is there; False when there is no work in it to keep."""
+        if not self.result.exists() and not any(self.checkpoints.glob("checkpoint-*")):
+            return False
+        with files.disk_errors(aside):
+            aside.parent.mkdir(exist_ok=True)
+            files.discard(aside)
+            self.path.rename(aside)
+        return True
 
     def read_result(self) -> StageResult | None:
         """The result; None when it is missing or not one."""
@@ -160,6 +177,11 @@ class RunFolder:
         """Parent of the stage folders."""
         return self.path / "stages"
 
+    @property
+    def previous(self) -> Path:
+        """Parent of what stages had made before a change of the config, or of their inputs, had them start over."""
+        return self.path / "previous"
+
     def stage(self, name: str) -> StageFolder:
         """The folder of stage `name`, whether it is there or not."""
         return StageFolder(self.stages / name)
@@ -180,7 +202,7 @@ class RunFolder:
         Beside `stages` only leftovers of the run's own files go: somebody may have set run.dir to a folder of theirs.
         """
         own = (self.manifest, self.config, self.metrics, self.samples, self.report, self.wandb_id)
-        return files.clean_partial_files(own) + files.clean_partial(self.stages)
+        return files.clean_partial_files(own) + files.clean_partial(self.stages) + files.clean_partial(self.previous)
 
     @contextmanager
     def lock(self) -> Iterator[int]:

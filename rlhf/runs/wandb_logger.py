@@ -22,9 +22,11 @@ from urllib.parse import urlsplit
 from rlhf.config.tracking import TrackingConfig
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
-from rlhf.runs.jsonable import to_jsonable
+from rlhf.runs.jsonable import read_json, to_jsonable
 
 Mode = Literal["online", "offline", "disabled"]
+# What WANDB_MODE says, in W&B's older words too; anything else leaves it to the API key.
+_MODES: dict[str, Mode] = {"disabled": "disabled", "offline": "offline", "dryrun": "offline"}
 INIT_SECONDS = 10.0
 FINISH_SECONDS = 60.0
 # A process that was told to end is killed before long.
@@ -40,9 +42,9 @@ def resolve_mode(config: TrackingConfig) -> Mode:
     """
     mode = config.wandb
     if mode == "auto":
-        wished = os.environ.get("WANDB_MODE", "").lower()
-        if wished in ("disabled", "offline"):
-            mode = "disabled" if wished == "disabled" else "offline"
+        mode = _MODES.get(os.environ.get("WANDB_MODE", "").lower(), "auto")
+        if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+            mode = "disabled"
     if mode == "disabled" or importlib.util.find_spec("wandb") is None:
         return "disabled"
     if mode == "offline" or not has_api_key():
@@ -82,16 +84,28 @@ def server_address() -> str:
 
 
 def run_id(folder: RunFolder) -> str:
-    """The run's W&B id: the sweep agent's (WANDB_RUN_ID), else the one in the folder, else a new one written there."""
+    """The run's W&B id: the sweep agent's (WANDB_RUN_ID), else the one in the folder, else that of its newest
+    checkpoint, else a new one. It is written down in the folder.
+    """
     given = os.environ.get("WANDB_RUN_ID")
     try:
         known = folder.wandb_id.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         known = ""
-    chosen = given or known or secrets.token_hex(4)
+    chosen = given or known or _id_in_a_checkpoint(folder) or secrets.token_hex(4)
     if not known:
         write_text(folder.wandb_id, chosen + "\n")
     return chosen
+
+
+def _id_in_a_checkpoint(folder: RunFolder) -> str | None:
+    """The id that the newest checkpoint of any stage was written with (`StageContext.provenance`)."""
+    states = folder.stages.glob("*/checkpoints/checkpoint-*/shared.json")
+    for path in sorted(states, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        shared = (read_json(path) or {}).get("shared", {})
+        if found := shared.get("provenance", {}).get("wandb_run_id"):
+            return str(found)
+    return None
 
 
 class _Contained:
@@ -239,6 +253,7 @@ def _init(folder: RunFolder, config: TrackingConfig, run_config: Mapping[str, An
             disable_code=True,
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
         ),
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.models.loading import quiet
 from rlhf.models.saving import save_model
 from rlhf.runs.files import PARTIAL, discard, disk_errors, publish_folder
+from rlhf.runs.wandb_logger import resolve_mode, run_id
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,13 @@ class StageContext:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """What a checkpoint belongs to: the hash of config, data and inputs, and the W&B run, as far as there are."""
+        """What a checkpoint belongs to: the hash of config, data and inputs, and the W&B run, as far as there are.
+
+        A run folder whose `wandb_id` is lost takes that run up again from its checkpoints.
+        """
         found = {"fingerprint": self.stage.read_fingerprint()}
+        if self.runtime.is_main and resolve_mode(self.config.tracking) != "disabled":
+            run_id(self.run)  # it is chosen here where this comes before the tracker, as in PPO
         if self.run.wandb_id.exists():
             found["wandb_run_id"] = self.run.wandb_id.read_text(encoding="utf-8").strip()
         return {name: value for name, value in found.items() if value is not None}

@@ -174,14 +174,16 @@ sys.exit(max(task.wait() for task in tasks))
 
 
 def _can_make_networks() -> bool:
-    """Whether this user may make network namespaces, which takes the superuser and the command ip."""
+    """Whether this user may join network namespaces, which takes the superuser and the command ip."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return False
     name = f"rlhfprobe{os.getpid()}"
     if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode != 0:
         return False
+    wire = ["ip", "-n", name, "link", "add", "one", "type", "veth", "peer", "name", "other"]
+    wired = subprocess.run(wire, capture_output=True, check=False).returncode == 0
     subprocess.run(["ip", "netns", "del", name], check=False)
-    return True
+    return wired
 
 
 @pytest.fixture

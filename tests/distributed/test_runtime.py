@@ -21,7 +21,7 @@ import rlhf
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.zero import ZeroConfig
 from rlhf.distributed.launch import launch
-from rlhf.distributed.runtime import Runtime
+from rlhf.distributed.runtime import Runtime, _choose_device
 from rlhf.errors import ConfigError
 
 pytestmark = pytest.mark.distributed
@@ -161,6 +161,18 @@ def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"num_processes is 2, but this host has 1 visible CUDA device"):
         Runtime.start(DistributedConfig(num_processes=2), ZeroConfig(), seed=0)
+
+
+def test_a_gpu_for_each_task_of_srun_is_number_0_to_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, devices=1, capability=(9, 0))
+    for name, value in (("SLURM_PROCID", "3"), ("SLURM_LOCALID", "1"), ("SLURM_STEP_NUM_TASKS", "4")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert _choose_device(DistributedConfig(num_processes=4), local_rank=1) == torch.device("cuda", 0)
+    # One task a node, whose supervisor started two ranks each.
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match="this host has 1 visible CUDA device"):
+        _choose_device(DistributedConfig(num_nodes=4, num_processes=2), local_rank=1)
 
 
 def test_bf16_on_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

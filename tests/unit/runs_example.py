@@ -84,7 +84,7 @@ def make_run(path: Path, *, finished: tuple[str, ...] = STAGES, response: str | 
         if stage not in finished:
             continue
         folder = run.stage(stage)
-        folder.begin(f"fingerprint-{stage}")
+        folder.begin(f"fingerprint-{stage}", {})
         seconds = 12.3 * (position + 1)
         folder.write_result(StageResult(stage, f"fingerprint-{stage}", seconds, {}, SUMMARIES.get(stage, {})))
         manifest.update_stage(

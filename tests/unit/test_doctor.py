@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -42,7 +43,7 @@ def config(**sections: Any) -> RLHFConfig:
 
 def late(*_: object, **__: object) -> Any:
     """A name server that nobody wants to wait for."""
-    time.sleep(1.5)
+    time.sleep(60)
     raise socket.gaierror(-3, "Temporary failure in name resolution")
 
 
@@ -130,6 +131,22 @@ def test_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     finding = host.check_compiler()
     assert finding.level == "yellow"
     assert finding.found.startswith("no ninja on the path")
+
+
+@pytest.mark.parametrize("folder", ["cache/torch_extensions/py312_cu128", "extensions"])
+def test_locks_of_killed_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    if folder == "extensions":
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / folder))
+    assert host.check_builds().level == "green"
+    locks = [tmp_path / folder / name / "lock" for name in ("cpu_adam", "fused_adam")]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    assert host.check_builds().level == "green"  # they may be building now
+    os.utime(locks[0], (time.time() - 3600,) * 2)
+    check_bad(host.check_builds(), "yellow", "a build of cpu_adam has not ended", f"rm {locks[0]}")
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +275,7 @@ def hub_at(address: str, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.5) 
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     started = time.monotonic()
     finding = network.check_hub(config(), seconds)
-    assert time.monotonic() - started < seconds + 1.0
+    assert time.monotonic() - started < seconds + 10
     return finding
 
 
@@ -271,12 +288,6 @@ def test_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         check_bad(hub_at(address, monkeypatch), "yellow", "no answer within 0.5 s", "proxy")
     monkeypatch.setattr(socket, "getaddrinfo", late)
     check_bad(hub_at("http://hub.invalid", monkeypatch), "yellow", "no answer within 0.5 s", "network")
-
-
-@pytest.mark.usefixtures("online")
-def test_hub_at_an_address_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where a proxy answers for it, it counts as an answer; never red, and never late.
-    assert hub_at("http://10.255.255.1", monkeypatch).level in ("yellow", "green")
 
 
 @pytest.mark.usefixtures("online")
@@ -300,7 +311,7 @@ def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_BASE_URL", address)
         started = time.monotonic()
         check_bad(network.check_wandb(config(), 0.3), "yellow", f"{address} does not answer", "tracking.wandb=offline")
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
         monkeypatch.setattr(network, "why_silent", lambda *_: None)
         assert network.check_wandb(config()).found == f"there is an API key for {address}, which answers"
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
@@ -482,15 +493,15 @@ def test_the_doctor_itself_stays_light() -> None:
 
 
 def test_checks_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three checks that wait for a network must not add up."""
+    """Three checks that wait for a network must not add up: here each waits until the others are at work too."""
     sick(monkeypatch, GREEN)
+    together, met = threading.Barrier(3), []
 
     def waiting(*_: object) -> Finding:
-        time.sleep(0.6)
+        met.append(together.wait(20))
         return GREEN
 
     for module, name in ((network, "check_hub"), (network, "check_wandb"), (host, "check_host_name")):
         monkeypatch.setattr(module, name, waiting)
-    started = time.monotonic()
     assert len(list(visit.Visit(config()).findings())) > 10
-    assert time.monotonic() - started < 1.7
+    assert sorted(met) == [0, 1, 2]

@@ -95,6 +95,7 @@ def supervisor(tmp_path: Path, rank_code: str, **arguments: float) -> subprocess
 
 
 SLEEP = """
+subprocess.Popen(["sleep", "60"])
 (folder / f"ready{rank}").touch()
 time.sleep(60)
 """
@@ -218,9 +219,9 @@ def test_a_second_interrupt_kills_at_once(tmp_path: Path, mark: str) -> None:
     assert wait_until_gone(mark, 2) == []
 
 
-def test_no_rank_outlives_a_killed_supervisor(tmp_path: Path, mark: str) -> None:
+def test_no_rank_and_no_helper_of_one_outlives_a_killed_supervisor(tmp_path: Path, mark: str) -> None:
     process = supervisor(tmp_path, SLEEP)
-    assert len(marked(mark)) == 3
+    assert len(marked(mark)) == 6  # with the watchdog
     process.kill()
     process.wait()
     assert wait_until_gone(mark, 5) == []
@@ -387,10 +388,10 @@ def test_a_signal_after_the_last_look_is_not_lost(mark: str, monkeypatch: pytest
 
 
 def test_a_ctrl_c_before_the_stage_is_the_first_of_two(mark: str) -> None:
-    code = python(
-        f"import os, signal, time; signal.signal(15, signal.SIG_IGN); os.kill({os.getpid()}, 2); time.sleep(9)"
-    )
     with SignalWatch() as watch:
         signal.raise_signal(signal.SIGINT)
+        assert launch(["sleep", "9"], 1) == LaunchResult(130, interrupted_by=2)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the rank inherits; leaving the watch undoes it
+        code = python(f"import os, time; os.kill({os.getpid()}, 2); time.sleep(9)")
         assert launch(code, 1) == LaunchResult(130, interrupted_by=2, killed=True)
     assert watch.received == [signal.SIGINT] * 2

@@ -7,19 +7,21 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import rlhf
+from rlhf import supervisor
+from rlhf.config import load_config
 from rlhf.distributed import follower
 from rlhf.distributed.channel import ChannelError, Lines, proof
 from rlhf.distributed.leader import Leader
-from rlhf.distributed.nodes import PROTOCOL, NodePlace, Secret
+from rlhf.distributed.nodes import NodePlace, Secret, installed
 from rlhf.distributed.stopping import SIGNALS
-from rlhf.errors import ConfigError, UserError
+from rlhf.errors import ConfigError, Stopped, UserError
 from tests.node_example import SLEEP, outputs, start_node, write_settings
 from tests.unit.test_launch import mark, wait_until_gone
 from tests.unit.test_nodes_join import free_place, leader_thread, next_secret
@@ -41,7 +43,7 @@ def test_a_node_that_waits_hears_that_node_0_ended_before_they_could_meet(
     thread = threading.Thread(target=lead)
     thread.start()
     started = time.monotonic()
-    code = follower.follow(NodePlace(1, 2, place.host, place.port, 1, 20), tmp_path, {}, lambda stage: ["false"])
+    code = follower.follow(NodePlace(1, 2, place.host, place.port, 1, 20, 6), tmp_path, {}, lambda stage: ["false"])
     thread.join()
     assert code == 2
     assert time.monotonic() - started < 5
@@ -60,6 +62,40 @@ def test_what_is_not_proven_to_be_node_0_cannot_make_a_success(tmp_path: Path) -
     thread.start()
     assert follower.follow(place, tmp_path, {}, lambda stage: ["false"]) == 1
     thread.join()
+
+
+@pytest.mark.parametrize("error", [ConfigError("there is no such model"), Stopped(signal.SIGTERM)])
+def test_a_node_that_cannot_work_ends_the_waiting_for_it(tmp_path: Path, error: ConfigError | Stopped) -> None:
+    def prepare() -> None:
+        raise error
+
+    place = free_place(0)
+    failures: list[UserError | Stopped] = []
+    thread = leader_thread(place, tmp_path, failures)
+    node = NodePlace(1, 2, place.host, place.port, 1, 20, 6)
+    with pytest.raises(type(error)):
+        follower.follow(node, tmp_path, {"a": 1}, lambda stage: ["false"], prepare=prepare)
+    thread.join()
+    (failure,) = failures
+    assert failure.exit_code == error.exit_code
+    assert str(failure) == (str(error) if isinstance(error, Stopped) else f"node 1 ({socket.gethostname()}): {error}")
+
+
+def test_a_node_looks_at_its_inputs_after_it_has_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else node 0 and the others, which never hear of a mistake, would wait for it until their time is up."""
+    folder = tmp_path / "run"
+
+    def followed(place: NodePlace, run_folder: Path, *rest: Any, prepare: Callable[[], object], **more: Any) -> int:
+        assert run_folder == folder
+        assert not folder.exists()
+        prepare()
+        assert folder.is_dir()
+        return 0
+
+    monkeypatch.setattr(supervisor, "follow", followed)
+    place = ("distributed.num_nodes=2", "distributed.node_rank=1", "distributed.rendezvous=127.0.0.1:29400")
+    config = load_config(["experiment=smoke", f"run.dir={folder}", *place]).config
+    assert supervisor.supervise(config, ["rlhf"], debug=False) == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -98,7 +134,7 @@ def test_a_node_0_that_was_there_and_is_gone_is_not_waited_for(tmp_path: Path, m
 
 def test_a_hello_that_was_overheard_opens_nothing(tmp_path: Path) -> None:
     place = free_place(0)
-    failures: list[BaseException] = []
+    failures: list[UserError | Stopped] = []
     thread = leader_thread(place, tmp_path, failures)
     secret = Secret.read(tmp_path, next_secret(tmp_path).stem.removeprefix(".nodes-"))
     assert secret is not None
@@ -111,8 +147,7 @@ def test_a_hello_that_was_overheard_opens_nothing(tmp_path: Path) -> None:
 
     first, challenge = challenged()
     overheard = {
-        "protocol": PROTOCOL,
-        "version": rlhf.__version__,
+        "installed": installed(),
         "node_rank": 1,
         "host": "there",
         "nonce": "n",
@@ -126,6 +161,7 @@ def test_a_hello_that_was_overheard_opens_nothing(tmp_path: Path) -> None:
     # It was a good one, where it belonged.
     first.send("hello", **overheard)
     assert first.receive()["type"] == "welcome"
+    first.send("ready")
     while first.receive()["type"] != "end":
         pass
     first.close()
@@ -135,7 +171,7 @@ def test_a_hello_that_was_overheard_opens_nothing(tmp_path: Path) -> None:
 
 def test_only_so_many_connections_are_looked_at_at_a_time(tmp_path: Path) -> None:
     place = free_place(0)
-    failures: list[BaseException] = []
+    failures: list[UserError | Stopped] = []
     thread = leader_thread(place, tmp_path, failures)
     next_secret(tmp_path)
     idle = [socket.create_connection((place.host, place.port)) for _ in range(place.num_nodes + 16)]
@@ -145,7 +181,7 @@ def test_only_so_many_connections_are_looked_at_at_a_time(tmp_path: Path) -> Non
         Lines(socket.create_connection((place.host, place.port)), 5).receive()
     for connection in idle:
         connection.close()
-    node = NodePlace(1, 2, place.host, place.port, 1, 20)
+    node = NodePlace(1, 2, place.host, place.port, 1, 20, 6)
     assert follower.follow(node, tmp_path, {"a": 1}, lambda stage: ["false"]) == 5
     thread.join()
     assert failures == []

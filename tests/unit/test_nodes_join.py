@@ -8,6 +8,7 @@ import stat
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ from rlhf.config.zero import ZeroConfig
 from rlhf.distributed import follower
 from rlhf.distributed.channel import Channel, ChannelError, Lines, interface_of, proof, proves
 from rlhf.distributed.leader import Leader
-from rlhf.distributed.nodes import NodePlace, Secret, differences, place_of
+from rlhf.distributed.nodes import NodePlace, Secret, _code_hash, differences, installed, mistake_in, place_of
 from rlhf.distributed.runtime import Runtime
-from rlhf.errors import ConfigError, UserError
+from rlhf.errors import ConfigError, Stopped, UserError
 from tests.node_example import READY, SLEEP, outputs, start_node, write_settings
 from tests.unit.test_launch import mark, wait_for
 
@@ -108,7 +109,7 @@ def next_secret(folder: Path) -> Path:
 
 def test_an_address_of_another_host_is_refused(mark: str) -> None:
     # 192.0.2.0/24 is for documentation: no host has it.
-    place = NodePlace(0, 2, "192.0.2.7", 29400, 1, 5)
+    place = NodePlace(0, 2, "192.0.2.7", 29400, 1, 5, 6)
     with pytest.raises(ConfigError, match="this host does not have that address"), Leader(place):
         pass
 
@@ -116,16 +117,16 @@ def test_an_address_of_another_host_is_refused(mark: str) -> None:
 def free_place(rank: int, timeout: int = 20) -> NodePlace:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
-        return NodePlace(rank, 2, "127.0.0.1", holder.getsockname()[1], 1, timeout)
+        return NodePlace(rank, 2, "127.0.0.1", holder.getsockname()[1], 1, timeout, 6)
 
 
-def leader_thread(place: NodePlace, folder: Path, failures: list[BaseException]) -> threading.Thread:
+def leader_thread(place: NodePlace, folder: Path, failures: list[UserError | Stopped]) -> threading.Thread:
     def lead() -> None:
         try:
             with Leader(place) as leader:
                 leader.meet(folder, {"a": 1})
                 leader.end(5, "the end")
-        except UserError as error:
+        except (UserError, Stopped) as error:
             failures.append(error)
 
     thread = threading.Thread(target=lead)
@@ -137,9 +138,9 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(follower, "SHARED_SECONDS", 0.3)
     place = free_place(0, timeout=2)
     (tmp_path / "other").mkdir()
-    failures: list[BaseException] = []
+    failures: list[UserError | Stopped] = []
     thread = leader_thread(place, tmp_path, failures)
-    other = NodePlace(1, 2, place.host, place.port, 1, 20)
+    other = NodePlace(1, 2, place.host, place.port, 1, 20, 6)
     with pytest.raises(ConfigError, match=r"other/\.nodes-\w+\.json, which node 0 has written.*set run\.dir"):
         follower.follow(other, tmp_path / "other", {"a": 1}, lambda stage: ["false"])
     thread.join()
@@ -149,7 +150,7 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_strangers_are_not_let_in_and_disturb_nothing(tmp_path: Path) -> None:
     place = free_place(0)
-    failures: list[BaseException] = []
+    failures: list[UserError | Stopped] = []
     thread = leader_thread(place, tmp_path, failures)
     token = next_secret(tmp_path).stem.removeprefix(".nodes-")
     secret = Secret.read(tmp_path, token)
@@ -159,14 +160,14 @@ def test_strangers_are_not_let_in_and_disturb_nothing(tmp_path: Path) -> None:
         lines = Lines(connection, 5)
         challenge = lines.receive()
         assert secret.value not in json.dumps(challenge)
-        lines.send("hello", node_rank=1, nonce="n", proof=claim, config={"a": 1}, protocol="rlhf-nodes/1")
+        lines.send("hello", node_rank=1, nonce="n", proof=claim, config={"a": 1}, installed=installed())
         with pytest.raises(ChannelError, match="closed the connection"):
             lines.receive()
     for rubbish in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"\xff\n", b"[" * 200_000 + b"\n", b"x" * (1 << 21)):
         with socket.create_connection((place.host, place.port)) as connection, suppress(OSError):
             connection.sendall(rubbish)  # which node 0 need not take to its end
     # A leader that cannot prove itself is not obeyed, and the real node still gets in.
-    node = NodePlace(1, 2, place.host, place.port, 1, 20)
+    node = NodePlace(1, 2, place.host, place.port, 1, 20, 6)
     assert follower.follow(node, tmp_path, {"a": 1}, lambda stage: ["false"]) == 5
     thread.join()
     assert failures == []
@@ -214,7 +215,7 @@ def test_brackets_without_end_are_no_message() -> None:
 
 
 def test_the_last_message_before_the_end_arrives(tmp_path: Path) -> None:
-    one, other = (Channel(Lines(end, 5)) for end in socket.socketpair())
+    one, other = (Channel(Lines(end, 5), 6) for end in socket.socketpair())
     one.send("first", value="ü")
     one.send("last")
     finisher = threading.Thread(target=one.finish)
@@ -243,16 +244,40 @@ def test_differences_name_keys_and_leave_out_what_may_differ() -> None:
     assert differences(leader, leader) == []
 
 
+def test_what_is_installed_has_to_be_the_same() -> None:
+    hello = {"node_rank": 1, "host": "there", "config": {}}
+    assert mistake_in({**hello, "installed": installed()}, {}) is None
+    wrong = mistake_in({**hello, "installed": {**installed(), "torch": "1.0"}}, {})
+    assert wrong is not None
+    assert wrong.startswith('node 1 (there) has not installed what node 0 has: torch ("')
+    assert wrong.endswith('" on node 0, "1.0" there). Install the same on all nodes.')
+    assert "code of rlhf (" in str(mistake_in(hello, {}))
+
+
+def test_other_code_of_the_same_version_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part/one.py").write_text("a = 1")
+    hashes = [_code_hash(tmp_path)]
+    (tmp_path / "part/one.pyc").write_text("what Python writes there does not count")
+    assert _code_hash(tmp_path) == hashes[0]
+    (tmp_path / "part/one.py").write_text("a = 2")
+    hashes.append(_code_hash(tmp_path))
+    (tmp_path / "part/one.py").rename(tmp_path / "one.py")
+    hashes.append(_code_hash(tmp_path))
+    assert len(set(hashes)) == 3
+
+
 def test_the_place_comes_from_the_config_or_from_srun() -> None:
     assert place_of(DistributedConfig(num_processes=2), SLURM) is None
     assert place_of(TWO, {"RANK": "0", "WORLD_SIZE": "8"}) is None
-    config = DistributedConfig(num_nodes=2, node_rank=1, rendezvous="[fe80::1]:29400", timeout_seconds=7)
-    assert place_of(config, {}) == NodePlace(1, 2, "fe80::1", 29400, 1, 7)
+    config = DistributedConfig(num_nodes=2, node_rank=1, rendezvous="[::1]:29400", timeout_seconds=7, silent_seconds=8)
+    assert place_of(config, {}) == NodePlace(1, 2, "::1", 29400, 1, 7, 8)
     place = place_of(TWO, SLURM)
-    assert place == NodePlace(1, 2, "gpu03", 15000 + (1000 * 31 + 2) % 15000, 4, 600)
-    assert place_of(TWO, {**SLURM, "SLURM_NODEID": "0", "SLURM_PROCID": "0"}) == NodePlace(0, *vars_of(place)[1:])
+    assert place is not None
+    assert place == NodePlace(1, 2, "gpu03", 15000 + (1000 * 31 + 2) % 15000, 4, 600, 6)
+    assert place_of(TWO, {**SLURM, "SLURM_NODEID": "0", "SLURM_PROCID": "0"}) == replace(place, rank=0)
     named = DistributedConfig(num_nodes=2, rendezvous="10.0.0.1:4")
-    assert place_of(named, SLURM) == NodePlace(1, 2, "10.0.0.1", 4, 1, 600)
+    assert place_of(named, SLURM) == NodePlace(1, 2, "10.0.0.1", 4, 1, 600, 6)
     # Eight tasks on these two nodes are the ranks themselves; three are a mistake.
     assert place_of(TWO, {**SLURM, "SLURM_STEP_NUM_TASKS": "8"}) is None
     with pytest.raises(ConfigError, match=r"srun started 3 tasks on 2 nodes.*--ntasks=2 --ntasks-per-node=1"):
@@ -261,11 +286,6 @@ def test_the_place_comes_from_the_config_or_from_srun() -> None:
     assert place_of(DistributedConfig(num_nodes=2), {**SLURM, "SLURM_STEP_NUM_NODES": "1"}) is None
     with pytest.raises(ConfigError, match="srun started 2 tasks on 1 node,"):
         place_of(TWO, {**SLURM, "SLURM_STEP_NUM_NODES": "1"})
-
-
-def vars_of(place: NodePlace | None) -> tuple[int, int, str, int, int, int]:
-    assert place is not None
-    return (place.rank, place.num_nodes, place.host, place.port, place.num_processes, place.timeout_seconds)
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,12 @@ def test_result_round_trip_and_broken_ones(tmp_path: Path) -> None:
 
 def test_begin_resumes_only_the_same_fingerprint(tmp_path: Path) -> None:
     stage = RunFolder(tmp_path).stage("ppo")
-    assert not stage.begin("one")
+    assert not stage.begin("one", {"seed": 1})
     files.write_text(stage.checkpoints / "state", "1")
-    assert stage.begin("one")
+    assert stage.begin("one", {"seed": 1})
     assert (stage.checkpoints / "state").exists()
     stage.write_result(StageResult("ppo", "one", 1.0))
-    assert not stage.begin("two")
+    assert not stage.begin("two", {})
     assert stage.read_result() is None
     assert not stage.checkpoints.exists()
     assert stage.read_fingerprint() == "two"

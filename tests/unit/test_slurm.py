@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import sbatch
+from rlhf import cli, sbatch, supervisor
 from rlhf.config import RLHFConfig, load_config
+from rlhf.config.launcher import LauncherConfig
 from rlhf.distributed.slurm import adopt_slurm, under_launcher
 from rlhf.errors import ConfigError, UserError
 
@@ -170,7 +171,47 @@ def test_the_job_runs_the_same_arguments_here(tmp_path: Path, monkeypatch: pytes
     assert told == "a  b"
     start = arguments.index("/opt/my python")
     kept = [ARGUMENTS[0], *ARGUMENTS[4:]]
-    assert arguments[start + 1 :] == ["-m", "rlhf", "run", *kept, "launcher.type=local", "distributed.stop_seconds=100"]
+    added = ["launcher.type=local", "launcher.submit=false", "distributed.stop_seconds=100"]
+    assert arguments[start + 1 :] == ["-m", "rlhf", "run", *kept, *added]
+
+
+@pytest.mark.parametrize("written", ["launcher{}={}", "--launcher{}={}", "+launcher{}={}", "++launcher{}={}", "spaced"])
+def test_the_job_runs_and_does_not_write_another_job(tmp_path: Path, written: str) -> None:
+    """However the launcher is spelled, and whatever the experiment's file says of it."""
+    experiment = tmp_path / "mine.yaml"
+    experiment.write_text("# @package _global_\nlauncher:\n  type: slurm\n  submit: true\n")
+    arguments = [f"experiment={experiment}", "--seed", "3"]
+    for name, value in (("", "slurm"), (".submit", "true"), (".partition", "gpu")):
+        arguments += [f"--launcher{name}", value] if written == "spaced" else [written.format(name, value)]
+    config = load_config(arguments).config
+    assert (config.launcher.type, config.launcher.submit, config.seed) == ("slurm", True, 3)
+    step = shlex.split(
+        sbatch.job_script(config, tmp_path, ["rlhf", "run", *arguments, "--debug"], tmp_path).splitlines()[-1]
+    )
+    inside = step[step.index("run") + 1 :]
+    assert "--debug" in inside  # which the command takes out before it reads the rest
+    job = load_config([argument for argument in inside if argument != "--debug"]).config
+    assert job.launcher == LauncherConfig()
+    assert job.seed == 3
+
+
+def test_submitting_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"launcher\.submit=true .* launcher\.type is local.*write launcher=slurm"):
+        load_config(["launcher.submit=true"])
+
+
+def test_the_command_of_a_job_keeps_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def supervise(config: RLHFConfig, command: list[str], debug: bool) -> int:
+        commands.append(command)
+        return 0
+
+    monkeypatch.setattr(supervisor, "supervise", supervise)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sft", "--debug", "experiment=smoke"])
+    assert ended.value.code == 0
+    assert commands == [["rlhf", "sft", "experiment=smoke", "stages=[sft]", "--debug"]]
 
 
 def test_the_job_may_use_the_time_between_slurm_s_warning_and_the_limit(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ import os, sys, time
 from types import SimpleNamespace
 from rlhf.distributed import stopping
 from rlhf.errors import Stopped
-alone = SimpleNamespace(world_size=1, barrier=lambda: None)
+alone = SimpleNamespace(world_size=1, is_main=True, stop_seconds=25, barrier=lambda: None)
 def say(text):
     print(text, flush=True)
 stopping.install()
@@ -225,6 +226,9 @@ class _Ranks:
     def __init__(self, others: list[float]) -> None:
         self.others = others
 
+    stop_seconds = 25.0
+    is_main = True
+
     def barrier(self) -> None: ...
 
     def sum_over_ranks(self, flags: Any) -> Any:
@@ -256,6 +260,25 @@ def test_what_one_rank_was_told_counts_for_all(
 ) -> None:
     nothing_requested.number = own
     assert stopping.StopPoll(_Ranks(others)).agreed() == agreed  # type: ignore[arg-type]
+
+
+def test_steps_that_take_longer_than_a_stop_may_are_named_once(
+    nothing_requested: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = iter([0.0, 20.0, 40.0, 60.0, 80.0, 111.0, 150.0])
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+    poll = stopping.StopPoll(SimpleNamespace(world_size=1, is_main=True, stop_seconds=25))  # type: ignore[arg-type]
+    poll.agreed()
+    poll.agreed()
+    poll.give_up_if_asked()  # while responses are sampled it could have stopped
+    poll.agreed()
+    assert capsys.readouterr().err == ""
+    poll.agreed()
+    poll.agreed()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "for 31 s the training could not have stopped, and distributed.stop_seconds=25" in said
+    assert "lower save_every" in said
 
 
 # --- stage ppo: a stop in the middle of a rollout leaves the training as it was before --------------------------------

@@ -165,8 +165,8 @@ def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWandb:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SILENT"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("MODE", "DISABLED", "API_KEY", "BASE_URL", "RUN_ID", "SWEEP_ID", "SILENT"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_settings"))
     return fake
@@ -235,6 +235,11 @@ def test_wandb_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wandb: Fak
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert wandb_logger.resolve_mode(auto) == "online"
     assert wandb_logger.resolve_mode(TrackingConfig(wandb="offline")) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert wandb_logger.resolve_mode(auto) == "offline"
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert wandb_logger.resolve_mode(auto) == "disabled"
+    monkeypatch.delenv("WANDB_DISABLED")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_logger.resolve_mode(auto) == "disabled"
     assert wandb_logger.resolve_mode(TrackingConfig(wandb="online")) == "online"
