@@ -11,6 +11,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+# How much of the past an average keeps at each step.
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):

@@ -33,7 +33,7 @@ from rlhf.config.errors import Problem, close_names, did_you_mean
 from rlhf.config.interpolation import resolve
 from rlhf.config.overrides import Arguments, apply, parse_arguments
 from rlhf.config.provenance import Draft, Origin, display_path, flatten, nearest_origin, read_yaml, render
-from rlhf.config.root import RLHFConfig
+from rlhf.config.root import UNEVEN_BATCHES, RLHFConfig
 from rlhf.config.serialize import broken_file, plain_values
 from rlhf.config.validation import Findings, validate
 from rlhf.config.values import text_keys
@@ -100,10 +100,13 @@ class Files:
         return display_path(path, self.packaged)
 
 
-def load_config(arguments: Sequence[str], *, extra_config_folder: Path | None = None) -> LoadedConfig:
+def load_config(
+    arguments: Sequence[str], *, extra_config_folder: Path | None = None, uneven_batches: bool = False
+) -> LoadedConfig:
     """The config that arguments such as `experiment=quickstart ppo.learning_rate=3e-6` mean, with its sources.
 
-    Raises `ConfigError` naming every mistake at once, and nothing else whatever the arguments are.
+    `uneven_batches`: batches that the ranks cannot share are let through (`rlhf.config.root.uneven_batches` finds
+    them). Raises `ConfigError` naming every mistake at once, and nothing else whatever the arguments are.
     """
     files = _config_files(extra_config_folder)
     root, _ = read_yaml(files.packaged / "config.yaml")
@@ -119,7 +122,7 @@ def load_config(arguments: Sequence[str], *, extra_config_folder: Path | None = 
     for argument in parsed.values:
         findings.problems.extend(apply(argument, draft, groups))
     findings.problems.extend(resolve(draft))
-    config = validate(draft, findings)
+    config = validate(draft, findings, {UNEVEN_BATCHES: uneven_batches})
     leaves = flatten(plain_values(config))
     return LoadedConfig(config, {".".join(path): draft.leaf_source(path) for path in leaves})
 

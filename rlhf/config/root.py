@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from rlhf.config.base import NonNegativeInt, Section
 from rlhf.config.closed_form import ClosedFormConfig
@@ -24,6 +25,9 @@ StageName = Literal["sft", "collect", "reward_model", "ppo", "evaluate", "closed
 STAGES: tuple[StageName, ...] = ("sft", "collect", "reward_model", "ppo", "evaluate", "closed_form", "report")
 # The pipeline. A study such as closed_form stands by itself.
 PIPELINE: tuple[StageName, ...] = tuple(stage for stage in STAGES if stage != "closed_form")
+
+# Key of pydantic's context: a config to plan may have batches that its ranks could not share.
+UNEVEN_BATCHES = "uneven_batches"
 
 
 class RLHFConfig(Section):
@@ -68,17 +72,37 @@ class RLHFConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _ranks_share_batches(self) -> RLHFConfig:
-        ranks = self.distributed.world_size
-        sizes = (
-            ("sft.batch_size", self.sft.batch_size),
-            ("reward_model.batch_size", self.reward_model.batch_size),
-            ("ppo.batch_size / ppo.num_minibatches", self.ppo.batch_size // self.ppo.num_minibatches),
-        )
-        wrong = " and ".join(f"{name} ({size})" for name, size in sizes if size % ranks)
+    def _ranks_share_batches(self, info: ValidationInfo) -> RLHFConfig:
+        wrong = {} if (info.context or {}).get(UNEVEN_BATCHES) else uneven_batches(self)
         if wrong:
+            sizes = {
+                "sft": f"sft.batch_size ({self.sft.batch_size})",
+                "reward_model": f"reward_model.batch_size ({self.reward_model.batch_size})",
+                "ppo": f"ppo.batch_size / ppo.num_minibatches ({self.ppo.batch_size // self.ppo.num_minibatches})",
+            }
             names = "distributed.num_processes"
             if self.distributed.num_nodes > 1:
                 names = f"distributed.num_nodes * {names}"
-            raise ValueError(f"{wrong} must be a multiple of {names} ({ranks})")
+            raise ValueError(
+                f"{' and '.join(sizes[stage] for stage in wrong)} must be a multiple of {names} "
+                f"({self.distributed.world_size}). The next larger: "
+                + ", ".join(f"{stage}.batch_size={size}" for stage, size in wrong.items())
+            )
         return self
+
+
+def uneven_batches(config: RLHFConfig) -> dict[str, int]:
+    """The stages of the run whose batch its ranks cannot share, with the next larger batch that they can."""
+    ranks = config.distributed.world_size
+    steps = {
+        "sft": ranks,
+        "reward_model": ranks,
+        "ppo": math.lcm(ranks * config.ppo.num_minibatches, config.ppo.responses_per_prompt),
+    }
+    found: dict[str, int] = {}
+    for stage, step in steps.items():
+        size = getattr(config, stage).batch_size
+        num_parts = config.ppo.num_minibatches if stage == "ppo" else 1
+        if stage in config.stages and size // num_parts % ranks:
+            found[stage] = -(-size // step) * step
+    return found

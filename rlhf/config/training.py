@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlhf.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
+from rlhf.config.base import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 # Keys that decide how often something is written and in what portions it is computed, not what comes out.
 BOOKKEEPING = frozenset({"save_every", "keep_checkpoints", "micro_batch_size", "gradient_checkpointing"})
@@ -25,8 +25,8 @@ class TrainingConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay after the warm-up")
     warmup_steps: NonNegativeInt = Field(0, description="optimiser steps of linear warm-up")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
-    adam_beta1: Probability = Field(0.9, description="decay of the first moment")
-    adam_beta2: Probability = Field(0.999, description="decay of the second moment")
+    adam_beta1: Decay = Field(0.9, description="decay of the first moment")
+    adam_beta2: Decay = Field(0.999, description="decay of the second moment")
     adam_epsilon: PositiveFloat = Field(1e-8, description="epsilon outside the square root")
     max_grad_norm: PositiveFloat = Field(1.0, description="global gradient clipping")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")

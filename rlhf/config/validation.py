@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Findings:
     incomplete: bool = False
 
 
-def validate(draft: Draft, findings: Findings) -> RLHFConfig:
+def validate(draft: Draft, findings: Findings, context: Mapping[str, Any] | None = None) -> RLHFConfig:
     """The config, or a `ConfigError` that names every mistake of the draft and those found before.
 
     pydantic runs a section's validators only when its fields are right, so each wrong value is taken out, its default
@@ -51,7 +51,7 @@ def validate(draft: Draft, findings: Findings) -> RLHFConfig:
     config: RLHFConfig | None = None
     while config is None:
         try:
-            config = RLHFConfig.model_validate(converted(draft))
+            config = RLHFConfig.model_validate(converted(draft), context=context)
         except ValidationError as error:
             details = error.errors(include_url=False, include_input=False)
             problems.extend([problem for detail in details for problem in _explain(detail, draft, findings, stand_ins)])

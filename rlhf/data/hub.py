@@ -13,7 +13,7 @@ from typing import Any
 from rlhf.config.data import HubData
 from rlhf.data.assemble import RowsBySplit, assemble
 from rlhf.data.folders import split_of_name
-from rlhf.data.hub_access import use_cache_if_hub_is_silent
+from rlhf.data.hub_access import http_errors, use_cache_if_hub_is_silent
 from rlhf.data.readers import Row, arrow_rows
 from rlhf.data.splits import SPLITS, BadRow, SplitName, Splits
 from rlhf.errors import ConfigError, DataError
@@ -124,6 +124,7 @@ def _load_from_hub(config: HubData) -> Any:
 
     wanted = f"data.path={config.path}" + (f", data.revision={config.revision}" if config.revision else "")
     silent = use_cache_if_hub_is_silent()
+    unreachable: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, HfHubHTTPError, *http_errors())
     try:
         return datasets.load_dataset(config.path, config.name, revision=config.revision)
     except (DatasetNotFoundError, RevisionNotFoundError) as error:
@@ -131,7 +132,7 @@ def _load_from_hub(config: HubData) -> Any:
             f"{wanted}: the hub has no such data set, or it is private or gated (then `hf auth login` first): "
             f"{_first_line(error)}. Check the spelling; a file or folder of files needs data.type=files"
         ) from error
-    except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
+    except unreachable as error:
         raise DataError(
             f"{wanted}: the hub cannot be reached ({silent or _first_line(error)}), and the data set is not in the "
             "cache. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or "

@@ -6,6 +6,8 @@ of patience each: minutes of silence, at the end of which a model that lies in t
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
 import threading
@@ -14,14 +16,16 @@ import urllib.request
 from http.client import HTTPException
 
 HUB_SECONDS = 10.0
-# A gateway says so in the place of a server that does not answer.
-_GATEWAY_CODES = (502, 503, 504)
+# What the hub's clients ask first for; a gateway, or a front page, may answer for a hub that does not.
+_HUB_QUESTION = "/api/models?limit=1"
 # What each hub that this process asked had to say: None, or why it did not answer.
 _asked: dict[str, str | None] = {}
 
 
 def why_silent(url: str, seconds: float) -> str | None:
-    """None when an HTTP server answers at `url` within `seconds`, whatever it says; else the reason, in a few words.
+    """None when an HTTP server answers at `url` within `seconds`; else the reason, in a few words.
+
+    An answer is whatever is no failure of the server itself (status 500 and above).
 
     Uses the proxies of the environment. The bound holds for everything, name resolution included.
     """
@@ -38,7 +42,7 @@ def _ask(url: str, seconds: float) -> str | None:
         with urllib.request.urlopen(request, timeout=seconds):
             return None
     except urllib.error.HTTPError as error:
-        return f"it answers with HTTP status {error.code}" if error.code in _GATEWAY_CODES else None
+        return f"it answers with HTTP status {error.code}" if error.code >= 500 else None
     except urllib.error.URLError as error:
         reason = error.reason
         if isinstance(reason, TimeoutError):
@@ -61,7 +65,7 @@ def use_cache_if_hub_is_silent(seconds: float = HUB_SECONDS) -> str | None:
         return _asked[constants.ENDPOINT]
     if constants.HF_HUB_OFFLINE:
         return None
-    reason = _asked[constants.ENDPOINT] = why_silent(constants.ENDPOINT, seconds)
+    reason = _asked[constants.ENDPOINT] = why_silent(constants.ENDPOINT + _HUB_QUESTION, seconds)
     if reason is not None:
         _go_offline()
         print(
@@ -70,6 +74,15 @@ def use_cache_if_hub_is_silent(seconds: float = HUB_SECONDS) -> str | None:
             file=sys.stderr,
         )
     return reason
+
+
+def http_errors() -> tuple[type[Exception], ...]:
+    """What the hub's clients raise when a connection breaks in the middle; it is no `OSError`."""
+    found: list[type[Exception]] = []
+    for name in ("httpx2", "httpx"):  # huggingface_hub has changed from one to the other
+        with contextlib.suppress(ImportError):
+            found.append(importlib.import_module(name).HTTPError)
+    return tuple(found)
 
 
 def _go_offline() -> None:

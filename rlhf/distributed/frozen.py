@@ -11,9 +11,9 @@ calls backbone and head apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from rlhf.distributed.placing import share_out
 if TYPE_CHECKING:
     from rlhf.config.zero import ZeroConfig
     from rlhf.distributed.runtime import Runtime
+
+RowT = TypeVar("RowT")
 
 
 class FrozenShards:
@@ -90,6 +92,30 @@ class FrozenShards:
             if self._runtime.is_main:
                 buffer.copy_(state[name])
             torch.distributed.broadcast(buffer, src=0)
+
+
+@contextmanager
+def on_device(model: nn.Module, runtime: Runtime, zero: ZeroConfig) -> Iterator[None]:
+    """`model`, which was loaded on the CPU, may be called on the rank's device without gradients.
+
+    Under ZeRO-3 it is taken apart for good: ranks then call it equally often, as `equal_batches` makes them.
+    """
+    if zero.stage == 3:
+        with FrozenShards(model, runtime, zero).ready():
+            yield
+    else:
+        nn.Module.to(model, runtime.device)
+        yield
+
+
+def equal_batches(rows: Sequence[RowT], size: int, runtime: Runtime) -> Iterator[Sequence[RowT]]:
+    """This rank's rows, every `world_size`-th one, in batches of `size`; the last may be smaller.
+
+    All ranks get equally many batches: one that has run out of rows gets an empty one.
+    """
+    mine = rows[runtime.rank :: runtime.world_size]
+    for start in range(0, len(rows[:: runtime.world_size]), size):
+        yield mine[start : start + size]
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from rlhf.config import RLHFConfig
+from rlhf.config.peft import TRAINING_STAGES
 from rlhf.config.zero import AUTO, ZeroConfig, contradiction
 from rlhf.errors import ConfigError
 
@@ -18,6 +22,12 @@ from rlhf.errors import ConfigError
 BUCKET_ELEMENTS = 50_000_000
 # Gathered parameters that ZeRO-3 keeps at a time, DeepSpeed's own number.
 MAX_LIVE_PARAMETERS = 1_000_000_000
+# What distributed.precision may turn out to be.
+_PRECISIONS: dict[str, tuple[Literal["fp32", "bf16"], ...]] = {
+    "fp32": ("fp32",),
+    "bf16": ("bf16",),
+    "auto": ("fp32", "bf16"),
+}
 _WHOLE_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
 # What the loops decide, by the key of the JSON: how a contradiction is told, and where it can be mended.
 _REASONS = {
@@ -48,7 +58,7 @@ def deepspeed_json(
 
     `micro_batch_size` is one rank's examples a forward pass, `accumulation_steps` its forward passes an optimiser step.
     The optimiser and the learning-rate schedule are the caller's own. `zero.content`, a user's own JSON, takes the
-    place of what is generated; `zero.extra` is merged in last, key by key. Raises `ConfigError` where the user's JSON
+    place of what is generated; `zero.extra` is merged into either, key by key. Raises `ConfigError` where one of them
     contradicts the other arguments.
     """
     if zero.stage == 0:
@@ -69,12 +79,15 @@ def deepspeed_json(
     }
     if precision == "bf16":
         generated["bf16"] = {"enabled": True}
-    if not zero.content:
-        return _merged(generated, zero.extra)
-    config = _resolved(zero.content, generated)
+        # DeepSpeed would add up micro-batches in bfloat16, in which 256 + 1 is 256.
+        generated["data_types"] = {"grad_accum_dtype": "fp32"}
+    config = _resolved(_merged(zero.content or generated, zero.extra), generated)
     for key, value in decided.items():
         _decide(config, zero, (key,), value)
-    _decide(config, zero, ("bf16", "enabled"), precision == "bf16")
+    if precision == "bf16" or "bf16" in config:
+        _decide(config, zero, ("bf16", "enabled"), precision == "bf16")
+    if precision == "bf16":
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     _decide(config, zero, ("zero_optimization", "stage"), zero.stage)
     if zero.stage == 3:
         _decide(config, zero, ("zero_optimization", _WHOLE_ON_SAVE), True)
@@ -82,7 +95,51 @@ def deepspeed_json(
         if key in generated["zero_optimization"]:
             config["zero_optimization"].setdefault(key, generated["zero_optimization"][key])
     config.setdefault("steps_per_print", generated["steps_per_print"])
-    return _merged(config, zero.extra)
+    return config
+
+
+def check_user_entries(config: RLHFConfig) -> None:
+    """Raises `ConfigError` where zero.config or zero.extra contradicts a stage that the run is going to train."""
+    precision = config.distributed.precision
+    for stage in TRAINING_STAGES if config.zero.content or config.zero.extra else ():
+        if stage not in config.stages:
+            continue
+        section = getattr(config, stage)
+        rows = max(1, section.batch_size // config.distributed.world_size)
+        if stage == "ppo":
+            rows = max(1, rows // section.num_minibatches)
+        num_forwards = -(-rows // min(section.micro_batch_size or rows, rows))
+        for number, wanted in enumerate(_PRECISIONS[precision], start=1):
+            try:
+                deepspeed_json(
+                    config.zero,
+                    precision=wanted,
+                    micro_batch_size=-(-rows // num_forwards),
+                    accumulation_steps=num_forwards,
+                    max_grad_norm=section.max_grad_norm,
+                    device_type="cpu",
+                )
+            except ConfigError as error:
+                if number == len(_PRECISIONS[precision]):
+                    raise ConfigError(f"stage {stage}: {error}") from error
+            else:
+                break
+
+
+def check_with_deepspeed(zero: ZeroConfig) -> None:
+    """Raises `ConfigError` where DeepSpeed itself would refuse the section zero_optimization. Imports DeepSpeed."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    section = _resolved(_merged(zero.content, zero.extra).get("zero_optimization", {}), {})
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"zero_optimization.{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"
+            for detail in error.errors(include_url=False)
+        )
+        source = f"zero.config: {zero.file}" if zero.content else "zero.extra"
+        raise ConfigError(f"{source}: DeepSpeed refuses {problems}") from error
 
 
 def _resolved(content: Mapping[str, Any], generated: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,15 +158,15 @@ def _resolved(content: Mapping[str, Any], generated: Mapping[str, Any]) -> dict[
 
 def _decide(config: dict[str, Any], zero: ZeroConfig, path: tuple[str, ...], value: object) -> None:
     """Fills in what the loops decide. Raises `ConfigError` when the user's JSON says otherwise."""
+    extra: Any = zero.extra
     for name in path[:-1]:
-        config = config.setdefault(name, {})
+        config, extra = config.setdefault(name, {}), extra.get(name, {})
     theirs = config.setdefault(path[-1], value)
     if theirs != value:
         key = ".".join(path)
         wanted, remedy = _REASONS[path[-1] if path[0] == "zero_optimization" else key]
-        raise ConfigError(
-            contradiction(f"zero.config: {zero.file}", key, theirs, f"{wanted} {json.dumps(value)}", remedy)
-        )
+        source = "zero.extra" if path[-1] in extra else f"zero.config: {zero.file}"
+        raise ConfigError(contradiction(source, key, theirs, f"{wanted} {json.dumps(value)}", remedy))
 
 
 def _zero_section(zero: ZeroConfig, device_type: Literal["cpu", "cuda"]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rlhf.config.peft import lora_of
 from rlhf.data import load_comparisons
 from rlhf.data.splits import Splits
 from rlhf.data.tokenization import EncodedPair, encode_pair, fit_lengths
+from rlhf.distributed.frozen import equal_batches, on_device
 from rlhf.evaluation import statistics
 from rlhf.models.adapters import add_adapter, backbone_of
 from rlhf.models.loading import check_vocabulary, load_tokenizer
@@ -153,7 +154,14 @@ def _measure(
     Without validation pairs the statistics are those of the test pairs, else of the first training pairs.
     """
     config, runtime = context.config, context.runtime
-    scalar = ScalarModel.load(folder, config.model, dtype=runtime.dtype, key="reward_model").to(runtime.device)
+    scalar = ScalarModel.load(folder, config.model, dtype=runtime.dtype, key="reward_model")
+    with on_device(scalar, runtime, config.zero):
+        return _summarise(context, scalar, pairs)
+
+
+def _summarise(
+    context: StageContext, scalar: ScalarModel, pairs: dict[str, list[Pair]]
+) -> tuple[dict[str, Any], dict[str, float]]:
     summary: dict[str, Any] = {}
     scores: dict[str, list[tuple[float, float]]] = {}
     for split, prefix in (("test", ""), ("validation", "validation_")):
@@ -173,12 +181,12 @@ def score_pairs(context: StageContext, scalar: ScalarModel, pairs: list[Pair]) -
     """Scores of (chosen, rejected) of every pair, in order, on all ranks; each rank works on its share."""
     section, runtime = context.config.reward_model, context.runtime
     size = section.micro_batch_size or max(1, section.batch_size // runtime.world_size)
-    mine = pairs[runtime.rank :: runtime.world_size]
     scored: list[tuple[float, float]] = []
-    for start in range(0, len(mine), size):
-        batch = mine[start : start + size]
-        scores = score_sequences(scalar, [pair for side in zip(*batch, strict=True) for pair in side], runtime.device)
-        scored += zip(scores[: len(batch)], scores[len(batch) :], strict=True)
+    for batch in equal_batches(pairs, size, runtime):
+        sides = zip(*(batch or pairs[:1]), strict=True)
+        scores = score_sequences(scalar, [text for side in sides for text in side], runtime.device)
+        half = len(scores) // 2
+        scored += list(zip(scores[:half], scores[half:], strict=True))[: len(batch)]
     shares = runtime.gather_objects(scored)
     return [shares[number % runtime.world_size][number // runtime.world_size] for number in range(len(pairs))]
 

@@ -6,16 +6,17 @@ number of tokens of an optimiser step, all ranks and micro-batches together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import TaskType
-from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.config.peft import lora_of
 from rlhf.data import load_demonstrations, training_texts
 from rlhf.data.tokenization import EncodedPair, encode_pair, fit_lengths
+from rlhf.distributed.frozen import equal_batches, on_device
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.adapters import add_adapter, backbone_of
 from rlhf.models.loading import check_vocabulary, load_policy, load_tokenizer
@@ -148,19 +149,19 @@ def _validate(context: StageContext, tokenizer: PreTrainedTokenizerBase, pairs: 
         return {}
     config, runtime = context.config, context.runtime
     model = load_policy(context.stage.model, config.model, runtime.dtype)
-    nn.Module.to(model, runtime.device)
     per_rank = config.sft.micro_batch_size or max(1, config.sft.batch_size // runtime.world_size)
-    mine = pairs[runtime.rank :: runtime.world_size]
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    for start in range(0, len(mine), per_rank):
-        totals += loss_and_correct(model, mine[start : start + per_rank], tokenizer.pad_token_id, runtime.device)
+    with on_device(model, runtime, config.zero):
+        for batch in equal_batches(pairs, per_rank, runtime):
+            found = loss_and_correct(model, batch or pairs[:1], tokenizer.pad_token_id, runtime.device)
+            totals += found if batch else 0
     loss, correct, count = runtime.sum_over_ranks(totals).tolist()
     return {"validation_loss": loss / count, "validation_token_accuracy": correct / count}
 
 
 @torch.inference_mode()
 def loss_and_correct(
-    model: PreTrainedModel, pairs: list[EncodedPair], pad_id: int, device: torch.device
+    model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_id: int, device: torch.device
 ) -> torch.Tensor:
     """Sums over the response tokens: cross-entropy in nats, tokens predicted right, tokens. (3,) float64."""
     if is_encoder_decoder(model):

@@ -26,6 +26,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from rlhf.distributed.placing import linear_put_back, place
 from rlhf.distributed.runtime import reset_library_state
 from rlhf.distributed.stopping import StopPoll, polled
 from rlhf.distributed.zero import deepspeed_json
@@ -306,10 +307,12 @@ class Training:
         huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
         with _silence():
             encoder_decoder = is_encoder_decoder(model)
-            trainer_class = _trainer_class(kind, section, encoder_decoder=encoder_decoder)
-            self.trainer: Any = trainer_class(
+            arguments = training_arguments(kind, section, context, schedule, encoder_decoder=encoder_decoder)
+            if context.config.zero.stage == 3:  # before DeepSpeed moves all of it to the device
+                place(model, context.runtime, cast("dict[str, Any]", arguments.deepspeed))
+            self.trainer: Any = _trainer_class(kind, section, encoder_decoder=encoder_decoder)(
                 model=model,
-                args=training_arguments(kind, section, context, schedule, encoder_decoder=encoder_decoder),
+                args=arguments,
                 train_dataset=Dataset.from_dict(dict(rows)).select(order),
                 processing_class=tokenizer,
                 data_collator=collator,
@@ -330,11 +333,12 @@ class Training:
 
         Told to stop by a signal, raises `Stopped` after a step of which there is a checkpoint.
         """
-        runtime, place = self.context.runtime, self.context.stage.checkpoints
+        runtime, parent = self.context.runtime, self.context.stage.checkpoints
         with (
             _silence(),
+            linear_put_back(),
             self._checkpoints.resuming(checkpoint) as start,
-            disk_errors(place),
+            disk_errors(parent),
             polled(runtime) as self._callback.stop,
         ):
             self.trainer.train(resume_from_checkpoint=start)

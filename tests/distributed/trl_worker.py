@@ -7,8 +7,13 @@ case NAME lands in FOLDER/NAME; one that was killed on the way and resumed in FO
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from torch import nn
 
 from rlhf.config import RLHFConfig
 from rlhf.distributed.runtime import Runtime
@@ -37,6 +42,20 @@ class _KillingCallback(trl_adapter._TrackingCallback):
         if state.global_step == KILLED_AT:
             raise Killed
         return super().on_step_end(args, state, control, **kwargs)
+
+
+@contextmanager
+def nothing_moved_whole() -> Iterator[None]:
+    """Raises `RuntimeError` when weights go to a device before they are shared out, in training or in measuring."""
+    move = nn.Module.to
+
+    def checked(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
+        if any(parameter.numel() for parameter in module.parameters()):
+            raise RuntimeError(f"{type(module).__name__} goes to a device whole")
+        return move(module, *arguments, **keywords)
+
+    with mock.patch.object(nn.Module, "to", checked):
+        yield
 
 
 def case_config(folder: Path, zero: dict[str, Any], num_processes: int) -> RLHFConfig:
@@ -81,7 +100,8 @@ def main(folder: Path) -> None:
     """All cases, one after the other."""
     for name, zero in CASES.items():
         config = case_config(folder, zero, num_processes=2)
-        run_stages(config, folder, folder / name)
+        with nothing_moved_whole() if config.zero.stage == 3 else nullcontext():
+            run_stages(config, folder, folder / name)
         if name in RESUMED:
             run_killed(config, folder, folder / f"{name}-killed")
 

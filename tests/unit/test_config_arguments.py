@@ -100,7 +100,7 @@ def test_values_take_the_type_of_their_field(argument: str, expected: object) ->
     ],
 )
 def test_values_without_a_field_type(text: str, expected: object) -> None:
-    extra = load_config([f"zero.extra.key={text}"]).config.zero.extra
+    extra = load_config(["zero.stage=1", f"zero.extra.timers.key={text}"]).config.zero.extra["timers"]
     assert extra == {"key": expected}
     assert type(extra["key"]) is type(expected)
 
@@ -147,9 +147,9 @@ def test_dictionaries_merge_into_sections() -> None:
     judge = load_config(["evaluate.judge={'type': 'classifier', 'ngram_max': 3}"]).config.evaluate.judge
     assert judge.model_dump() == {"type": "classifier", "ngram_max": 3, "inverse_regularization": 4.0}
     extra = load_config(
-        ["zero.extra={'a': {'b': 1}}", "zero.extra={'a': {'c': 2}}", "zero.extra.a.d=3"]
+        ["zero=stage1", "zero.extra={'timers': {'b': 1}}", "zero.extra={'timers': {'c': 2}}", "zero.extra.timers.d=3"]
     ).config.zero.extra
-    assert extra == {"a": {"b": 1, "c": 2, "d": 3}}
+    assert extra == {"timers": {"b": 1, "c": 2, "d": 3}}
 
 
 def test_removal_gives_back_the_default() -> None:

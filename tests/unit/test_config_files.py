@@ -187,11 +187,11 @@ def test_interpolations_see_values_of_every_origin() -> None:
 
 def test_round_trip_through_yaml() -> None:
     arguments = ["experiment=smoke", "ppo.learning_rate=5e-7", "run.dir=123", "model.revision='null'"]
-    arguments += ["tracking.tags=[a, 'true', '1e3']", "zero.extra={'a': {'b': [1, None, True, 'x']}}"]
-    arguments += [r"zero.extra.s=\${x}", "zero.extra.t='3e-6'"]
+    arguments += ["tracking.tags=[a, 'true', '1e3']", "zero.extra.timers={'a': {'b': [1, None, True, 'x']}}"]
+    arguments += [r"zero.extra.timers.s=\${x}", "zero.extra.timers.t='3e-6'", "zero.stage=1"]
     arguments += ["model.chat_template=line\nline: {{ x }} # not a comment", "tracking.project=naïve ☃"]
     config = load_config(arguments).config
-    assert config.zero.extra["s"] == "${x}"
+    assert config.zero.extra["timers"]["s"] == "${x}"
     Path("config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     again = config_from_file("config.yaml")
     assert again == config

@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from rlhf.config.data import HubData, SplitConfig
 from rlhf.data import data_hash, load_comparisons, load_demonstrations, load_prompts, preflight
+from rlhf.data.hub_access import http_errors
 from rlhf.data.hub import choose_splits
 from rlhf.errors import ConfigError, DataError
 from rlhf.records import Comparison, Demonstration, Message
@@ -125,6 +126,7 @@ def test_offline_the_hub_cannot_be_reached() -> None:
             "no such data set, or it is private",
         ),
         (ConnectionError("Couldn't reach a/b"), DataError, "the hub cannot be reached"),
+        (http_errors()[0]("Server disconnected"), DataError, r"the hub cannot be reached \(Server disconnected\)"),
         (ValueError("Config name is missing. Please pick one among: x, y"), ConfigError, "pick one among: x, y"),
         (OSError(28, "No space left on device"), DataError, "cannot be prepared"),
     ],

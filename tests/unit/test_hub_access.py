@@ -51,7 +51,7 @@ def answering(status: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("status", "reason"), [(200, None), (401, None), (404, None), (500, None), (503, "it answers with HTTP status 503")]
+    ("status", "reason"), [(200, None), (401, None), (404, None), (500, "it answers with HTTP status 500"), (503, "it answers with HTTP status 503")]
 )
 def test_what_counts_as_an_answer(status: int, reason: str | None) -> None:
     with answering(status) as address:
@@ -65,13 +65,17 @@ def test_silence_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             assert why_silent(address, 0.3) == "no answer within 0.3 s"
     assert why_silent(address, 0.3) == "Connection refused"
 
+    late = threading.Event()
+
     def slow(*_: object, **__: object) -> None:
-        time.sleep(1.5)
+        late.wait(60)
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     assert why_silent("http://hub.invalid", 0.3) == "no answer within 0.3 s"
-    assert time.monotonic() - started < 3
+    # What is not bounded takes a minute, or for ever.
+    assert time.monotonic() - started < 30
+    late.set()
 
 
 def test_what_is_no_address_is_a_reason() -> None:
@@ -99,7 +103,7 @@ def test_the_hub_is_asked_once_and_then_only_its_cache(
 
     monkeypatch.setattr(hub_access, "why_silent", gone)
     assert [use_cache_if_hub_is_silent(), use_cache_if_hub_is_silent()] == ["gone", "gone"]
-    assert asked == ["http://127.0.0.1:9"]
+    assert asked == ["http://127.0.0.1:9/api/models?limit=1"]
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert capsys.readouterr().err.count("does not answer (gone); only its cache") == 1
 

@@ -11,6 +11,8 @@ import torch
 
 from rlhf.config.stages import SFTConfig
 from rlhf.data.tokenization import EncodedPair
+from rlhf.distributed.frozen import equal_batches
+from rlhf.distributed.runtime import Runtime
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.stages import context as context_module
@@ -45,6 +47,11 @@ def test_batches_that_cannot_be_shared_out_are_refused(section: SFTConfig, ranks
     with pytest.raises(ConfigError, match=r"sft\.") as caught:
         plan_schedule(section, name="sft", num_examples=50, world_size=ranks)
     assert named in str(caught.value)
+
+
+def test_ranks_measure_in_equally_many_batches_every_row_once() -> None:
+    shares = [list(equal_batches(range(5), 1, Runtime(rank, 2, rank, torch.device("cpu"), "fp32"))) for rank in (0, 1)]
+    assert [[list(batch) for batch in batches] for batches in shares] == [[[0], [2], [4]], [[1], [3], []]]
 
 
 def test_an_empty_training_split_is_refused() -> None:

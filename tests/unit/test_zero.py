@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON, generated or the user's own: snapshots, contradictions, and the user's last word."""
+"""The DeepSpeed JSON, generated or the user's own: snapshots, contradictions, and what the user adds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config import config_from_file, config_to_yaml, load_config
 from rlhf.config.zero import ZeroConfig
-from rlhf.distributed.zero import deepspeed_json
+from rlhf.distributed.zero import check_user_entries, check_with_deepspeed, deepspeed_json
 from rlhf.errors import EXIT_USAGE, ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ def test_every_preset_on_cpu(preset: str, precision: Literal["fp32", "bf16"]) ->
     if preset == "stage3_offload":
         expected["zero_force_ds_cpu_optimizer"] = False
     if precision == "bf16":
-        expected["bf16"] = {"enabled": True}
+        expected |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     config = generated(ZeroConfig(**PRESETS[preset]), precision)
     assert config == expected
     assert json.loads(json.dumps(config)) == expected
@@ -96,8 +96,9 @@ def test_on_cuda_communication_overlaps_and_offloaded_memory_is_pinned() -> None
 
 def test_extra_is_merged_last_and_key_by_key() -> None:
     extra = {
-        "zero_optimization": {"reduce_bucket_size": 7, "offload_optimizer": {"ratio": 0.5}},
-        "gradient_clipping": 9.0,
+        "zero_optimization": {"reduce_bucket_size": 7, "offload_optimizer": {"buffer_count": 4}},
+        "gradient_clipping": "auto",
+        "wall_clock_breakdown": True,
         "communication_data_type": "fp32",
     }
     zero = ZeroConfig(stage=2, offload_optimizer=True, extra=extra)
@@ -105,13 +106,13 @@ def test_extra_is_merged_last_and_key_by_key() -> None:
     assert config is not None
     assert plain is not None
     assert config["zero_optimization"]["reduce_bucket_size"] == 7
-    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False, "ratio": 0.5}
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False, "buffer_count": 4}
     assert config["zero_optimization"]["allgather_bucket_size"] == 50_000_000
-    assert config["gradient_clipping"] == 9.0
+    assert config["wall_clock_breakdown"] is True
     assert config["communication_data_type"] == "fp32"
-    assert plain["gradient_clipping"] == 0.5
-    config["zero_optimization"]["offload_optimizer"]["ratio"] = 0.1
-    assert zero.extra["zero_optimization"]["offload_optimizer"]["ratio"] == 0.5  # the frozen config is not shared
+    assert config["gradient_clipping"] == plain["gradient_clipping"] == 0.5
+    config["zero_optimization"]["offload_optimizer"]["buffer_count"] = 9
+    assert zero.extra["zero_optimization"]["offload_optimizer"]["buffer_count"] == 4  # the frozen config is not shared
 
 
 # What the documentation of Hugging Face gives people to start from, with what each "auto" here becomes below.
@@ -142,6 +143,7 @@ HUGGING_FACE = """
 """
 RESOLVED: dict[str, Any] = {
     "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
     "zero_optimization": {
         "stage": 3,
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
@@ -195,7 +197,6 @@ def test_a_short_file_gets_what_the_loops_decide_and_no_more(folder: Path) -> No
         "gradient_clipping": 0.5,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        "bf16": {"enabled": False},
     }
 
 
@@ -211,10 +212,10 @@ def test_our_keys_fill_in_what_a_file_leaves_open(folder: Path) -> None:
 
 
 def test_extra_is_merged_last_also_into_a_file(folder: Path) -> None:
-    zero = own({"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}, extra={"gradient_clipping": 9.0})
+    zero = own({"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}, extra={"prescale_gradients": True})
     config = generated(zero)
     assert config is not None
-    assert config["gradient_clipping"] == 9.0
+    assert config["prescale_gradients"] is True
     assert zero.content == {"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}
 
 
@@ -241,7 +242,7 @@ def test_a_contradiction_names_file_key_and_both_values(entries: dict[str, Any],
         generated(zero)
     assert expected in str(caught.value)
     assert caught.value.exit_code == EXIT_USAGE
-    assert str(caught.value).endswith('or write "auto" in the file')
+    assert str(caught.value).endswith('or write "auto" there')
 
 
 def problem(content: object, *arguments: str) -> str:
@@ -272,8 +273,8 @@ def problem(content: object, *arguments: str) -> str:
         ({"zero_optimization": 3}, [], "zero_optimization must be an object, it is 3"),
         ({"zero_optimization": {"stage": 0}}, [], "stage 0 runs without DeepSpeed, so nothing would read the file"),
         ({"gradient_clipping": "auto"}, [], "stage 0 runs without DeepSpeed, so nothing would read the file"),
-        ({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}, [], "Leave optimizer out of the file"),
-        ({"scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}, [], "Leave scheduler out of the file"),
+        ({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}, [], "Leave optimizer out"),
+        ({"scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}, [], "Leave scheduler out"),
         ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, [], "distributed.precision is fp32 or bf16"),
         ({"bf16": True, "zero_optimization": {"stage": 2}}, [], "bf16 must be an object"),
         ({"train_batch_size": 32, "zero_optimization": {"stage": 2}}, [], "has train_batch_size=32, but it is"),
@@ -310,6 +311,85 @@ def test_the_frozen_config_holds_the_file_whatever_becomes_of_it(folder: Path) -
 def test_frozen_models_are_sharded_with_the_preset_of_stage_3(choice: str, sharded: bool) -> None:
     assert load_config([f"zero={choice}"]).config.zero.shard_frozen is sharded
     assert ZeroConfig(stage=3).shard_frozen is False
+
+
+@pytest.mark.parametrize(
+    ("choice", "extra", "expected"),
+    [
+        ("none", "{prescale_gradients: true}", "stage 0 runs without DeepSpeed, so nothing would read it"),
+        ("stage2", "{zero_optimization: {stage: 3}}", "zero.stage would be 3, but zero.stage is 2. Set zero.stage"),
+        ("stage2", "{zero_optimization: {offload_optimizer: {device: cpu}}}", "Set zero.offload_optimizer"),
+        ("stage3", "{zero_optimization: {offload_param: {device: nvme}}}", "offload_param"),
+        ("stage2", "{fp16: {enabled: true}}", "distributed.precision is fp32 or bf16"),
+        ("stage2", "{optimizer: {type: AdamW}}", "the optimiser is that of the stage's section"),
+        ("stage2", "{zero_optimization: 3}", "zero_optimization must be an object"),
+        ("stage2", "{fp16: true}", "has fp16=true"),
+        ("stage2", "{gradient_cliping: 1}", "no entry of a DeepSpeed JSON that rlhf can train with; did you mean"),
+        ("stage2", "{tensor_parallel: {autotp_size: 2}}", "has tensor_parallel, which is no entry"),
+        ("stage2", "{zero_optimization: {cpu_offload: true}}", "it is offload_optimizer now"),
+        ("stage1", "{zero_optimization: {offload_optimizer: {ratio: 0.5}}}", "Leave ratio out"),
+    ],
+)
+def test_extra_entries_that_other_keys_decide_are_refused(choice: str, extra: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([f"zero={choice}", f"zero.extra={extra}"])
+    assert "zero.extra" in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_extra_must_not_contradict_the_training_either(folder: Path) -> None:
+    wanted = r'zero\.extra has gradient_clipping=9\.0, but max_grad_norm of this stage is 0\.5.*or write "auto" there'
+    with pytest.raises(ConfigError, match=wanted):
+        generated(ZeroConfig(stage=2, extra={"gradient_clipping": 9.0}))
+    with pytest.raises(ConfigError, match=r"zero\.extra has bf16\.enabled=true"):
+        generated(ZeroConfig(stage=2, extra={"bf16": {"enabled": True}}))
+    with pytest.raises(ConfigError, match=r"zero\.extra has gradient_clipping=9\.0"):
+        generated(own({"zero_optimization": {"stage": 1}}, extra={"gradient_clipping": 9.0}))
+
+
+def test_a_stage_is_looked_at_before_anything_has_run(folder: Path) -> None:
+    def check(*arguments: str) -> None:
+        check_user_entries(load_config(["zero.config=mine.json", *arguments]).config)
+
+    content = {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 8}
+    Path("mine.json").write_text(json.dumps(content))
+    check("stages=[sft]", "sft.batch_size=16", "distributed.num_processes=2")
+    check("stages=[sft]", "sft.batch_size=32", "sft.micro_batch_size=8", "ppo.max_grad_norm=0.5")
+    with pytest.raises(ConfigError, match=r"stage ppo: .*mine\.json has gradient_clipping=1\.0, but max_grad_norm"):
+        check("stages=[sft,ppo]", "sft.batch_size=8", "ppo.micro_batch_size=8", "ppo.max_grad_norm=0.5")
+    with pytest.raises(ConfigError, match=r"stage sft: .*train_micro_batch_size_per_gpu=8, but .* micro-batch is 32"):
+        check("stages=[sft]", "sft.batch_size=32")
+    Path("mine.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}))
+    check()  # precision auto may become it
+    check("distributed.precision=bf16")
+    with pytest.raises(ConfigError, match=r"bf16\.enabled=true, but distributed\.precision makes it false"):
+        check("distributed.precision=fp32")
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"bucket": 3}, "DeepSpeed refuses zero_optimization.bucket: Extra inputs"),
+        ({"reduce_bucket_size": "big"}, "DeepSpeed refuses zero_optimization.reduce_bucket_size"),
+    ],
+)
+def test_what_deepspeed_refuses_is_a_config_error(entries: dict[str, Any], expected: str) -> None:
+    check_with_deepspeed(ZeroConfig(stage=2, extra={"zero_optimization": {"reduce_bucket_size": "auto"}}))
+    with pytest.raises(ConfigError, match=expected):
+        check_with_deepspeed(ZeroConfig(stage=2, extra={"zero_optimization": entries}))
+
+
+def test_another_file_over_a_frozen_config_is_read(folder: Path) -> None:
+    Path("mine.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}))
+    frozen = "# @package _global_\n" + config_to_yaml(load_config(["zero.config=mine.json"]).config)
+    Path("frozen.yaml").write_text(frozen)
+    Path("other.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 9}}))
+    other = load_config(["experiment=frozen.yaml", "zero.config=other.json"]).config.zero
+    assert other.content["zero_optimization"]["reduce_bucket_size"] == 9
+    none = load_config(["experiment=frozen.yaml", "zero.config=null"]).config.zero
+    assert (none.content, none.config, none.stage) == ({}, None, 2)
+    inline = load_config(["zero.content={zero_optimization: {stage: 1}}"]).config.zero
+    assert (inline.stage, inline.content) == (1, {"zero_optimization": {"stage": 1}})
 
 
 def test_sharding_frozen_models_needs_stage_3() -> None:
