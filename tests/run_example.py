@@ -4,35 +4,95 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import psutil
 
-from tests.command import SMOKE, command, environment
+from tests.command import ROOT, SMOKE, command, environment
+
+# Every Python process of a held run loads this first. The wait begins where a training asks whether it is to stop, so
+# that a test, however late it comes, finds the stage in the middle.
+_HOLD = """
+import os, sys, time
+if "rlhf.worker" in sys.orig_argv and {stage!r} in sys.orig_argv and os.environ.get("RANK", "0") == "0":
+    from rlhf.distributed import stopping
+    times, agreed = 0, stopping.StopPoll.agreed
+    def hold(self):
+        global times
+        times += self._runtime is not None
+        if times == {times}:
+            open({held!r}, "x").close()
+            while stopping.requested() is None and os.path.exists({held!r}):
+                time.sleep(0.01)
+        return agreed(self)
+    stopping.StopPoll.agreed = hold
+"""
+
+
+def held(folder: Path, stage: str, times: int) -> tuple[Path, dict[str, str]]:
+    """A file, and the variables for a command whose `stage` creates it in the middle of training and then waits.
+
+    It waits the `times`-th time that rank 0 asks whether to stop, until it is told to or the file is removed. SFT and
+    the reward model ask before the first step and after each, PPO in each rollout (under ZeRO-3 with sharded frozen
+    models twice) and after each update.
+    """
+    file = folder / "held"
+    file.unlink(missing_ok=True)
+    hook = folder / f"hook-{stage}-{times}"
+    hook.mkdir(exist_ok=True)
+    (hook / "sitecustomize.py").write_text(_HOLD.format(stage=stage, times=times, held=str(file)))
+    return file, {"PYTHONPATH": f"{hook}{os.pathsep}{ROOT}"}
 
 
 class Run:
-    """A command that was started, with everything that it starts."""
+    """A command that was started, with everything that it starts; leaving the context kills what is left of it."""
 
     def __init__(
-        self, folder: Path, *arguments: str, extra: Mapping[str, str] | None = None, output: int | None = None
+        self,
+        folder: Path,
+        *arguments: str,
+        extra: Mapping[str, str] | None = None,
+        output: int | None = None,
+        hold: tuple[str, int] | None = None,
     ) -> None:
-        """`output` is where standard output and error go; else the first goes nowhere and `stop` returns the second."""
+        """`output` is where standard output and error go; else the first goes nowhere and `stop` returns the second.
+
+        `hold`: a stage and when it is to wait, see `held`.
+        """
         self.mark = f"RLHF_TEST_MARK_{uuid.uuid4().hex}"
         self.path = folder / "run"
+        self._held: Path | None = None
+        hook: dict[str, str] = {}
+        if hold is not None:
+            self._held, hook = held(folder, *hold)
         self.process = subprocess.Popen(
             command("run", *SMOKE, "run.dir=run", *arguments),
             cwd=folder,
-            env=environment({self.mark: "1", **(extra or {})}),
+            env=environment({self.mark: "1", **hook, **(extra or {})}),
             stdout=subprocess.DEVNULL if output is None else output,
             stderr=subprocess.PIPE if output is None else output,
             text=True,
         )
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # The supervisor first, which would start no more ranks then.
+        for number in (self.process.pid, *self.processes()) if self.process.poll() is None else self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        self.process.communicate()
 
     def lines(self, stage: str) -> list[dict[str, Any]]:
         """The stage's lines of the metrics so far."""
@@ -47,9 +107,14 @@ class Run:
         """Returns when the stage has logged `step` or a later one."""
         self.wait_until(lambda: any(line["step"] >= step for line in self.lines(stage)), f"{stage} step {step}")
 
+    def wait_for_hold(self) -> None:
+        """Returns when the stage of `hold` waits in the middle of its training."""
+        assert self._held is not None, "the run was not started with `hold`"
+        self.wait_until(self._held.exists, f"a wait in {self._held}")
+
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
         """Returns when it is there; fails when the command ends first."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not there():
             assert self.process.poll() is None, f"the command ended with {self.process.returncode} before {what}"
             assert time.monotonic() < end, f"no {what}"

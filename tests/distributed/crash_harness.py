@@ -3,14 +3,16 @@
     python -m tests.distributed.crash_harness --kills 100 --seed 1
     python -m tests.distributed.crash_harness --damage --setting zero2
 
-Each setting (one process, two ranks under ZeRO-2, two under ZeRO-3) first runs the whole pipeline undisturbed, which
-also measures how long its stages take and how often they write. Then the same command is killed and started again,
-about a dozen times a run, run after run until the setting has had its share of the kills. The kills are dealt from a
-shuffled deck of all stages and kinds of moments, so that coverage does not depend on luck; where within a moment is
-random. What a run leaves must equal the undisturbed one bit for bit, see `crash_compare`.
+Each setting (one process, two ranks under ZeRO-2, two under ZeRO-3, LoRA) first runs the whole pipeline undisturbed,
+which also measures how long its stages take and how often they write. Then the same command is killed and started
+again, about a dozen times a run, run after run until the setting has had its share of the kills. The kills are dealt
+from a shuffled deck of all stages and kinds of moments, so that coverage does not depend on luck; where within a moment
+is random. Every start must go on from the newest whole checkpoint, see `crash_resume`, and what a run leaves must equal
+the undisturbed one bit for bit, see `crash_compare`.
 
-A run is lost when an attempt fails without having been killed, hangs, or leaves a process behind for 15 s.
-With --damage the newest checkpoint of each training stage is damaged between attempts besides; the run must say so.
+A run is lost when an attempt fails without having been killed, hangs, begins elsewhere than it should, or leaves a
+process behind for 15 s. With --damage the newest checkpoint of each training stage is damaged between attempts besides;
+the run must say so, and go on from the one before.
 
 Prints a table and writes it as `crash_harness.json` into the folder. Exit code 0 when all kills were dealt, nothing was
 lost and nothing differs.
@@ -34,9 +36,11 @@ from typing import get_args
 
 from tests.command import SMOKE
 from tests.distributed.crash_compare import differences
-from tests.distributed.crash_damage import damage_newest, is_reported
+from tests.distributed.crash_damage import damage_newest
+from tests.distributed.crash_resume import Resumes
 from tests.distributed.crash_watch import (
     PLACES,
+    TRAINED,
     Attempt,
     Damage,
     Hit,
@@ -48,23 +52,34 @@ from tests.distributed.crash_watch import (
     undisturbed,
 )
 
-# Few and small steps, each with a checkpoint: what costs time is starting the processes.
+# Few and small steps, each with a checkpoint: what costs time is starting the processes. All that a training carries
+# from step to step is on: sums between two logs, accumulation, running scores, adaptive KL, average, new references.
 ARGUMENTS = (
     *SMOKE,
-    "sft.max_steps=6",
-    "sft.save_every=1",
-    "reward_model.max_steps=6",
-    "reward_model.save_every=1",
+    *(
+        f"{stage}.{setting}"
+        for stage in ("sft", "reward_model")
+        for setting in ("max_steps=6", "save_every=1", "log_every=4", "micro_batch_size=2")
+    ),
     "ppo.num_updates=6",
     "ppo.save_every=1",
+    "ppo.num_epochs=1",
+    "ppo.micro_batch_size=1",
+    "ppo.learning_rate=1e-3",
+    "ppo.score_normalization=running",
+    "ppo.kl_target_nats_per_sequence=0.1",
+    "ppo.kl_horizon_episodes=50",
+    "ppo.ema_decay=0.5",
+    "ppo.reference_refresh_every=2",
 )
+LORA = ("peft=lora", "peft.stages=[sft,reward_model,ppo]")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "one_process": (),
     "zero2": ("distributed.num_processes=2", "zero=stage2"),
     "zero3": ("distributed.num_processes=2", "zero=stage3"),
+    "lora": (*LORA, "distributed.precision=bf16"),
 }
 KILLS_EACH_RUN = 12
-TRAINED = ("sft", "reward_model", "ppo")
 VICTIMS: tuple[Victim, ...] = get_args(Victim)
 # A card for each place and kind of moment, two where a stage trains.
 DECK: tuple[tuple[str, Kind], ...] = (
@@ -83,6 +98,7 @@ class Outcome:
     hits: list[Hit] = field(default_factory=list)
     runs: int = 0
     attempts: int = 0
+    resumed: int = 0
     lost: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
     damaged: int = 0
@@ -156,7 +172,7 @@ class Setting:
         outcome.seconds += time.monotonic() - started
 
     def _until_done(self, folder: Path, plan: list[Moment]) -> None:
-        damaged: Path | None = None
+        resumes = Resumes(folder / "run")
         # An attempt that is killed uses up a moment, one that is not is the last: this ends.
         for number in range(1, len(plan) + 2):
             log = folder / f"attempt-{number}.log"
@@ -164,21 +180,18 @@ class Setting:
                 self.outcome.attempts += 1
                 hit = disturb(attempt, plan, self._measured, self._rng)
                 code, tail = attempt.process.returncode, attempt.log_tail()
-            if damaged is not None and is_reported(log, damaged):
-                damaged = None
-            elif damaged is not None and hit is None:
-                raise RuntimeError(f"{damaged} was damaged, and {log} does not name it")
-            elif damaged is not None and not damaged.exists():
-                damaged = None  # found and removed, and killed before it could be said
+            if hit is None and code != 0:
+                raise RuntimeError(f"attempt {number} was not killed and ended with {code}:\n{tail}")
+            self.outcome.resumed += resumes.check(log, killed=hit is not None)
             if hit is None:
-                if code != 0:
-                    raise RuntimeError(f"attempt {number} was not killed and ended with {code}:\n{tail}")
                 return
             self.outcome.hits.append(hit)
+            damaged: Path | None = None
             is_finished = (folder / "run/stages" / hit.place / "result.json").exists()
             if hit.moment.damage is not None and not is_finished:
                 damaged = damage_newest(folder / "run", hit.place, hit.moment.damage, self._rng)
                 self.outcome.damaged += 1
+            resumes.expect(damaged)
         raise RuntimeError("no moment is left, and yet the last attempt was killed")
 
 
@@ -209,7 +222,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for one in outcomes:
         lines.append(
             f"{one.setting}: {len(one.hits)} kills in {one.runs} runs, {one.attempts} starts, "
-            f"{one.damaged} checkpoints damaged, {one.seconds:.0f} s"
+            f"{one.resumed} from a checkpoint, {one.damaged} checkpoints damaged, {one.seconds:.0f} s"
         )
     for trouble in [line for one in outcomes for line in (*one.lost, *one.different)]:
         lines.append(f"FAILED {trouble}")

@@ -24,6 +24,7 @@ from tests.command import command, environment
 
 # In the order of the pipeline: `start` is the supervisor before its first rank, `report` what follows the last rank.
 PLACES = ("start", "sft", "collect", "reward_model", "ppo", "evaluate", "report")
+TRAINED = ("sft", "reward_model", "ppo")
 Kind = Literal["time", "checkpoint", "publish", "files", "saved"]
 Victim = Literal["supervisor", "rank", "tree"]
 Damage = Literal["flip", "truncate"]
@@ -31,6 +32,8 @@ POLL_SECONDS = 0.001
 PROCESS_POLL_SECONDS = 0.01
 GONE_SECONDS = 15.0
 ATTEMPT_SECONDS = 600.0
+# Of what is half-written, half removed, or on its way to its place.
+_UNFINISHED = (".partial", ".ready", ".old", ".removed")
 
 Snapshot = dict[str, tuple[int, int, int]]
 
@@ -39,10 +42,10 @@ Snapshot = dict[str, tuple[int, int, int]]
 class Moment:
     """When to kill whom. `share`, in [0, 1), is how far through the stage's time or through its changes to files.
 
-    kind `time`: any moment; `checkpoint`: while one is being written; `publish`: while a model or another result is
-    being put in its place; `files`: while the files of the run folder (metrics, manifest, samples, report) are written;
-    `saved`: when two checkpoints of the stage are whole and one of them is this attempt's. `damage` is done to the
-    newest checkpoint afterwards.
+    kind `time`: any moment; `checkpoint`: while one is being written or removed; `publish`: while a model or another
+    result is being put in its place; `files`: while the files of the run folder (metrics, manifest, samples, report)
+    are written; `saved`: when two checkpoints of the stage are whole and one of them is this attempt's. `damage` is
+    done to the newest checkpoint afterwards.
     """
 
     place: str
@@ -212,10 +215,23 @@ def _is_there(moment: Moment, attempt: Attempt) -> bool:
 def _is_due(moment: Moment, attempt: Attempt, measured: Measured, watch: _Changes | None) -> bool:
     if watch is not None:
         watch.look()
-        return watch.count >= measured.nth_change(moment)
+        due = watch.count >= measured.nth_change(moment)
+        return due and (moment.kind != "checkpoint" or _holds_half_written(attempt, moment.place))
     if moment.kind == "saved":
         return _num_saved(attempt, moment.place) >= 1 and len(checkpoints(attempt.folder, moment.place)) >= 2
     return time.monotonic() >= attempt.entered + measured.delay(moment)
+
+
+def _holds_half_written(attempt: Attempt, stage: str) -> bool:
+    """Whether a checkpoint lies there half-written; if so the ranks are stopped, so that it is still when they die."""
+    folder = attempt.folder / "stages" / stage / "checkpoints"
+    if not any(path.name.endswith(_UNFINISHED) for path in folder.glob("*")):
+        return False
+    kill(attempt.ranks, signal.SIGSTOP)
+    if any(path.name.endswith(_UNFINISHED) for path in folder.glob("*")):
+        return True
+    kill(attempt.ranks, signal.SIGCONT)
+    return False
 
 
 def _num_saved(attempt: Attempt, stage: str) -> int:
@@ -241,7 +257,9 @@ def _deal(attempt: Attempt, moment: Moment, kind: str, rng: random.Random) -> Hi
     if victim == "rank" and not attempt.ranks:
         victim = "supervisor"
     if victim == "rank":
-        kill([rng.choice(attempt.ranks)])
+        chosen = rng.choice(attempt.ranks)
+        kill([chosen])
+        kill([rank for rank in attempt.ranks if rank != chosen], signal.SIGCONT)
     elif victim == "supervisor":
         kill([attempt.process.pid])
     else:
@@ -263,11 +281,11 @@ def _deal(attempt: Attempt, moment: Moment, kind: str, rng: random.Random) -> Hi
     return Hit(moment, place, kind, victim, time.monotonic() - began, code, _half_written(attempt.folder))
 
 
-def kill(processes: Sequence[int]) -> None:
-    """SIGKILL to each that is still there."""
+def kill(processes: Sequence[int], number: int = signal.SIGKILL) -> None:
+    """Sends a signal to each that is still there."""
     for process in processes:
         try:
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, number)
         except ProcessLookupError:
             continue
 
@@ -281,8 +299,7 @@ def checkpoints(run: Path, stage: str) -> list[Path]:
 
 def leftovers(run: Path) -> list[str]:
     """Names, relative to the run folder, of what is half-written or on its way to its place."""
-    suffixes = (".partial", ".ready", ".old", ".removed")
-    return sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.name.endswith(suffixes))
+    return sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.name.endswith(_UNFINISHED))
 
 
 def _half_written(run: Path) -> tuple[str, ...]:

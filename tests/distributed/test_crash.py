@@ -19,35 +19,43 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.command import SMOKE
 from tests.distributed.crash_compare import differences
 from tests.distributed.crash_damage import damage_newest, is_reported
-from tests.distributed.crash_harness import DECK, SETTINGS, TRAINED, Dealer, Outcome, Setting, last_line, table
-from tests.distributed.crash_watch import Attempt, Damage, Moment, kill
+from tests.distributed.crash_harness import ARGUMENTS, DECK, LORA, SETTINGS, Dealer, Outcome, Setting, last_line, table
+from tests.distributed.crash_resume import Resumes
+from tests.distributed.crash_watch import TRAINED, Attempt, Damage, Moment, kill
 
 pytestmark = pytest.mark.distributed
 
-# Four steps with a checkpoint after each: two are there when a third is being written.
-STEPS = (
-    *SMOKE,
-    *(f"{stage}.{key}" for stage in ("sft", "reward_model") for key in ("max_steps=4", "save_every=1")),
-    "ppo.num_updates=4",
-    "ppo.save_every=1",
-)
 ONE_PROCESS = [
     Moment("sft", "saved", "tree", damage="flip"),
     Moment("reward_model", "saved", "rank", damage="truncate"),
     Moment("ppo", "checkpoint", "supervisor"),
-    Moment("evaluate", "time", "tree", share=0.5),
+    # The undisturbed run, which it is a share of, may have had less of the machine.
+    Moment("evaluate", "time", "tree", share=0.1),
 ]
 ZERO = {
-    "zero2": [Moment("sft", "checkpoint", "rank"), Moment("sft", "saved", "supervisor", damage="truncate")],
-    "zero3": [Moment("ppo", "checkpoint", "rank"), Moment("ppo", "saved", "tree", damage="flip")],
+    "zero2": [Moment("sft", "checkpoint", "supervisor"), Moment("sft", "saved", "rank", damage="truncate")],
+    "zero3": [Moment("ppo", "checkpoint", "tree"), Moment("ppo", "saved", "rank", damage="flip")],
 }
 
 
 def _setting(name: str, folder: Path, *more: str) -> Setting:
-    return Setting(name, (*STEPS, *SETTINGS[name], *more), folder, random.Random(1))
+    return Setting(name, (*ARGUMENTS, "ppo.num_updates=4", *SETTINGS[name], *more), folder, random.Random(1))
+
+
+def _kill_in_a_checkpoint(setting: Setting, plan: list[Moment]) -> list[Moment]:
+    """`plan`, with its moment inside a checkpoint's writing as often as it took to come before that was whole.
+
+    A checkpoint is written in milliseconds: on a busy machine the kill may come after them.
+    """
+    (moment,) = [moment for moment in plan if moment.kind == "checkpoint"]
+    for _ in range(4):
+        if any("checkpoint" in hit.half_written for hit in setting.outcome.hits):
+            break
+        setting.run_killed([moment])
+        plan = [*plan, moment]
+    return plan
 
 
 def _assert_nothing_lost(outcome: Outcome, plan: list[Moment]) -> None:
@@ -57,6 +65,7 @@ def _assert_nothing_lost(outcome: Outcome, plan: list[Moment]) -> None:
     assert outcome.damaged == sum(moment.damage is not None for moment in plan), report
     assert {hit.place for hit in outcome.hits} == {moment.place for moment in plan}, report
     assert any("checkpoint" in hit.half_written for hit in outcome.hits), report
+    assert outcome.resumed >= outcome.damaged, report
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +79,20 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 def test_one_process_killed_in_every_stage(one_process: Setting) -> None:
-    _assert_nothing_lost(one_process.outcome, ONE_PROCESS)
+    _assert_nothing_lost(one_process.outcome, _kill_in_a_checkpoint(one_process, ONE_PROCESS))
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_two_ranks_killed_while_they_train(zero: str, one_process: Setting, tmp_path: Path) -> None:
     models = one_process.reference / "run/stages"
     stages = {
-        "zero2": ("stages=[sft]",),
+        "zero2": ("stages=[sft]", *LORA),
         "zero3": ("stages=[ppo]", f"ppo.policy={models}/sft/model", f"ppo.reward_model={models}/reward_model/model"),
     }
     setting = _setting(zero, tmp_path, *stages[zero])
     setting.run_undisturbed()
     setting.run_killed(ZERO[zero])
-    _assert_nothing_lost(setting.outcome, ZERO[zero])
+    _assert_nothing_lost(setting.outcome, _kill_in_a_checkpoint(setting, ZERO[zero]))
 
 
 def _spoil_weights(run: Path) -> str:
@@ -99,7 +108,7 @@ def _spoil_metrics(run: Path) -> str:
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n")
     path.write_text("\n".join([lines[0], *lines]))
-    return "metrics.jsonl: line 2 (sft, step 2): "
+    return "metrics.jsonl: line 2 (sft, step 6): "
 
 
 def _spoil_samples(run: Path) -> str:
@@ -157,6 +166,60 @@ def test_damage_is_done_to_the_newest_checkpoint(damage: Damage, tmp_path: Path)
     assert not is_reported(log, path)
     log.write_text(f"rlhf: {path.parent} is damaged: state.pt was altered\n")
     assert is_reported(log, path)
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> tuple[Resumes, Path, Path]:
+    """Of a run killed in stage sft when checkpoints 8 and 9 were whole: the check, the folder, the next start's log."""
+    for step in (8, 9):
+        (tmp_path / f"stages/sft/checkpoints/checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / f"stages/sft/checkpoints/checkpoint-{step}/state.pt").touch()
+    lines = [json.dumps({"stage": "sft", "step": step, "perf/step_seconds": 0.1}) + "\n" for step in (4, 8)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    resumes = Resumes(tmp_path)
+    resumes.expect()
+    (tmp_path / "log").touch()
+    return resumes, tmp_path, tmp_path / "log"
+
+
+def test_a_start_has_to_go_on_from_the_newest_checkpoint(killed: tuple[Resumes, Path, Path]) -> None:
+    resumes, run, log = killed
+    assert not resumes.check(log, killed=True)  # before it could say so
+    with pytest.raises(RuntimeError, match="went on from none instead of checkpoint-9"):
+        resumes.check(log, killed=False)
+    log.write_text("rlhf: the training goes on from checkpoint-8\n")
+    with pytest.raises(RuntimeError, match="went on from checkpoint-8 instead of checkpoint-9"):
+        resumes.check(log, killed=True)
+    log.write_text("rlhf: the training goes on from checkpoint-9\n")
+    assert resumes.check(log, killed=True)
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("0.1", "0.2"))
+    with pytest.raises(RuntimeError, match="went on from checkpoint-9, and rewrote sft's step 4"):
+        resumes.check(log, killed=True)
+
+
+def test_a_start_that_trains_has_to_say_from_where(killed: tuple[Resumes, Path, Path]) -> None:
+    resumes, run, log = killed
+    (run / "stages/sft/checkpoints/checkpoint-10").mkdir()
+    with pytest.raises(RuntimeError, match="went on from none instead of checkpoint-9"):
+        resumes.check(log, killed=True)
+
+
+def test_the_checkpoint_before_a_damaged_one_has_to_be_used(killed: tuple[Resumes, Path, Path]) -> None:
+    resumes, run, log = killed
+    damaged = run / "stages/sft/checkpoints/checkpoint-9/state.pt"
+    resumes.expect(damaged)
+    log.write_text("the training goes on from checkpoint-8\n")
+    with pytest.raises(RuntimeError, match=r"checkpoint-9/state\.pt was damaged, and no start .* names it"):
+        resumes.check(log, killed=True)
+    log.write_text(f"{damaged.parent} is not a whole checkpoint: state.pt was altered\n")
+    assert not resumes.check(log, killed=True)
+    resumes.expect()
+    log.write_text("the training goes on from checkpoint-9\n")
+    with pytest.raises(RuntimeError, match="went on from checkpoint-9 instead of checkpoint-8"):
+        resumes.check(log, killed=False)
+    log.write_text("the training goes on from checkpoint-8\n")
+    assert resumes.check(log, killed=False)
 
 
 def test_a_hundred_kills_are_dealt_over_all_moments() -> None:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rlhf.runs.files import hash_path
-from rlhf.runs.jsonable import read_json
 from tests.command import SMOKE, command, environment
 from tests.ppo_example import write_models
 from tests.read_only import make_read_only, respect_permissions
+from tests.run_example import held
 
 
-def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    """The command in `folder`, by somebody whom permissions stop."""
+def start(arguments: list[str], folder: Path, extra: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """The command in `folder`, by somebody whom permissions stop; `extra` are variables of its environment."""
     return subprocess.Popen(
         command(*arguments),
         cwd=folder,
-        env=environment(),
+        env=environment(extra),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -27,16 +28,13 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_checkpoint(checkpoints: Path, process: subprocess.Popen[str]) -> Path:
-    """The first checkpoint that is whole."""
+def wait_for_hold(file: Path, process: subprocess.Popen[str]) -> None:
+    """Returns when the training waits in its middle, see `held`."""
     end = time.monotonic() + 180
-    while time.monotonic() < end:
-        for marker in sorted(checkpoints.glob("checkpoint-*/*.json")):
-            if marker.parent.name.removeprefix("checkpoint-").isdigit() and "files" in (read_json(marker) or {}):
-                return marker.parent
+    while not file.exists():
         assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{file} was not there after 180 s"
         time.sleep(0.02)
-    raise AssertionError(f"no checkpoint in {checkpoints}")
 
 
 def check_refusal(process: subprocess.Popen[str], folder: Path, reason: str) -> None:
@@ -63,28 +61,34 @@ def check_continued(process: subprocess.Popen[str], run: Path, stage: str, num_s
 
 def test_a_disk_that_turns_read_only_while_it_is_written_to(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = ["sft", *SMOKE, f"run.dir={run}", "sft.max_steps=40", "sft.save_every=10"]
-    process = start(arguments, tmp_path)
-    checkpoint = wait_for_checkpoint(run / "stages/sft/checkpoints", process)
+    arguments = ["sft", *SMOKE, f"run.dir={run}", "sft.max_steps=14", "sft.save_every=5"]
+    file, hook = held(tmp_path, "sft", times=8)  # after step 7
+    process = start(arguments, tmp_path, hook)
+    wait_for_hold(file, process)
+    checkpoint = run / "stages/sft/checkpoints/checkpoint-5"
     with make_read_only(run):
         before = hash_path(checkpoint)
+        file.unlink()
         check_refusal(process, run, "its file system is read-only")
         assert hash_path(checkpoint) == before
         # As long as it lasts, the same command says the same at once.
         check_refusal(start(arguments, tmp_path), run, "its file system is read-only")
-    check_continued(start(arguments, tmp_path), run, "sft", 40)
+    check_continued(start(arguments, tmp_path), run, "sft", 14)
 
 
 def test_a_checkpoint_folder_that_loses_its_permission(tmp_path: Path) -> None:
     inputs = write_models(tmp_path / "models")
     run, checkpoints = tmp_path / "run", tmp_path / "run/stages/ppo/checkpoints"
-    arguments = ["ppo", *SMOKE, f"run.dir={run}", "ppo.num_updates=12", "ppo.save_every=2"]
+    arguments = ["ppo", *SMOKE, f"run.dir={run}", "ppo.num_updates=5", "ppo.save_every=2"]
     arguments += [f"ppo.{name}={inputs[name]}" for name in ("policy", "reward_model")]
-    process = start(arguments, tmp_path)
-    checkpoint = wait_for_checkpoint(checkpoints, process)
+    file, hook = held(tmp_path, "ppo", times=6)  # after the third update
+    process = start(arguments, tmp_path, hook)
+    wait_for_hold(file, process)
+    checkpoint = checkpoints / "checkpoint-2"
     checkpoints.chmod(0o555)
     before = hash_path(checkpoint)
+    file.unlink()
     check_refusal(process, checkpoints, "no permission for user")
     assert hash_path(checkpoint) == before
     checkpoints.chmod(0o755)
-    check_continued(start(arguments, tmp_path), run, "ppo", 12)
+    check_continued(start(arguments, tmp_path), run, "ppo", 5)

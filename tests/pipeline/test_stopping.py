@@ -23,10 +23,13 @@ from tests.stage_example import metrics_of, weight_bytes
 # Long enough to be met in the middle, checkpoints only at the end, and logs over several steps.
 LONG = (
     "stages=[sft,collect,reward_model,ppo]",
-    *("sft.max_steps=40", "sft.log_every=7", "sft.save_every=1000"),
-    *("reward_model.max_steps=40", "reward_model.log_every=7", "reward_model.save_every=1000"),
-    *("ppo.num_updates=12", "ppo.save_every=1000", "ppo.score_normalization=running", "ppo.ema_decay=0.9"),
+    *("sft.max_steps=24", "sft.log_every=7", "sft.save_every=1000"),
+    *("reward_model.max_steps=24", "reward_model.log_every=7", "reward_model.save_every=1000"),
+    *("ppo.num_updates=7", "ppo.save_every=1000", "ppo.score_normalization=running", "ppo.ema_decay=0.9"),
 )
+# Where the stages are held, see `run_example.held`, and the step of theirs that is: logs of sft and reward_model come
+# at 7, 14, ..., so theirs is in the middle of an average. PPO is stopped in the rollout of its fourth update.
+HOLDS = {"sft": (11, 10), "reward_model": (11, 10), "ppo": (7, 3)}
 # What the config gives a stop.
 STOP_SECONDS = 25
 
@@ -74,19 +77,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_stopped_in_every_stage_ends_as_if_nothing_had_happened(undisturbed: Path, tmp_path: Path) -> None:
-    stopped_at = []
-    # Logs of sft and reward_model come at 7, 14, ...: the next step is in the middle of the next average.
-    for stage, step, number in (
-        ("sft", 7, signal.SIGTERM),
-        ("reward_model", 7, signal.SIGINT),
-        ("ppo", 3, signal.SIGTERM),
-    ):
-        run = Run(tmp_path, *LONG)
-        run.wait_for_step(stage, step)
-        stopped_at.append(_check_stop(run, stage, number))
-    assert 7 <= stopped_at[0] < 40
-    assert 7 <= stopped_at[1] < 40
-    assert 3 <= stopped_at[2] < 12
+    for stage, number in (("sft", signal.SIGTERM), ("reward_model", signal.SIGINT), ("ppo", signal.SIGTERM)):
+        times, step = HOLDS[stage]
+        with Run(tmp_path, *LONG, hold=(stage, times)) as run:
+            run.wait_for_hold()
+            assert _check_stop(run, stage, number) == step
     result = rlhf_command("run", *SMOKE, "run.dir=run", *LONG, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     _check_equal(tmp_path / "run", undisturbed, ("sft", "reward_model", "ppo"))
@@ -99,12 +94,12 @@ def test_a_run_stopped_in_every_stage_ends_as_if_nothing_had_happened(undisturbe
 def test_a_run_whose_reader_left_trains_on_and_stops_well(tmp_path: Path) -> None:
     """As `rlhf run ... 2>&1 | head -1`, and Ctrl-C much later."""
     reader, writer = os.pipe()
-    run = Run(tmp_path, *LONG, "sft.max_steps=100000", output=writer)
-    os.close(writer)
-    assert os.read(reader, 1) != b""
-    os.close(reader)
-    run.wait_for_step("sft", 14)
-    code, _, seconds = run.stop(signal.SIGINT)
+    with Run(tmp_path, *LONG, "sft.max_steps=100000", output=writer) as run:
+        os.close(writer)
+        assert os.read(reader, 1) != b""
+        os.close(reader)
+        run.wait_for_step("sft", 14)
+        code, _, seconds = run.stop(signal.SIGINT)
     assert code == 130
     assert seconds < STOP_SECONDS
     manifest = _stages_manifest(run.path)
@@ -125,10 +120,11 @@ def test_two_ranks_under_zero_stop_at_the_same_step(undisturbed: Path, tmp_path:
     (tmp_path / "stopped").mkdir()
     whole = rlhf_command("run", *SMOKE, "run.dir=run", *arguments, cwd=tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    for stage, step in (("sft", 7), ("ppo", 3)):
-        run = Run(tmp_path / "stopped", *arguments)
-        run.wait_for_step(stage, step)
-        assert step <= _check_stop(run, stage, signal.SIGTERM) < (40 if stage == "sft" else 12)
+    for stage in ("sft", "ppo"):
+        times, step = HOLDS[stage]
+        with Run(tmp_path / "stopped", *arguments, hold=(stage, times)) as run:
+            run.wait_for_hold()
+            assert _check_stop(run, stage, signal.SIGTERM) == step
     again = rlhf_command("run", *SMOKE, "run.dir=run", *arguments, cwd=tmp_path / "stopped")
     assert again.returncode == 0, again.stderr
     _check_equal(tmp_path / "stopped/run", tmp_path / "whole/run", ("sft", "ppo"))
@@ -143,41 +139,42 @@ def _ppo_alone(undisturbed: Path) -> tuple[str, ...]:
 
 
 def _wait_for_a_long_update(run: Run) -> None:
-    """Returns when the first update has surely begun: what comes before it takes no second of the processor's time."""
+    """Returns when the first update has surely begun: what comes before it takes half a second of the processor's."""
     run.wait_until(lambda: (run.path / "samples.jsonl").exists(), "tracker")
     (rank,) = run.ranks()
     before = rank.cpu_times().user
-    run.wait_until(lambda: rank.cpu_times().user > before + 3, "update")
+    run.wait_until(lambda: rank.cpu_times().user > before + 2, "update")
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_update(undisturbed: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path, *_ppo_alone(undisturbed), "ppo.num_epochs=20000")
-    _wait_for_a_long_update(run)
-    run.process.send_signal(signal.SIGINT)
-    time.sleep(1)
-    assert run.process.poll() is None, "the first Ctrl-C waits for the update"
-    code, said, seconds = run.stop(signal.SIGINT)
+    with Run(tmp_path, *_ppo_alone(undisturbed), "ppo.num_epochs=20000") as run:
+        _wait_for_a_long_update(run)
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert run.process.poll() is None, "the first Ctrl-C waits for the update"
+        code, said, seconds = run.stop(signal.SIGINT)
     assert code == 130
-    assert seconds < 2
+    # The update would take minutes, and what a stop is given before it is killed is `STOP_SECONDS`.
+    assert seconds < 10
     assert "without time for a checkpoint" in said
     assert _stages_manifest(run.path)["status"] == "interrupted"
 
 
 def test_what_does_not_end_in_time_is_killed(undisturbed: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path, *_ppo_alone(undisturbed), "ppo.num_epochs=20000", "distributed.stop_seconds=1")
-    _wait_for_a_long_update(run)
-    code, said, seconds = run.stop(signal.SIGTERM)
+    with Run(tmp_path, *_ppo_alone(undisturbed), "ppo.num_epochs=20000", "distributed.stop_seconds=1") as run:
+        _wait_for_a_long_update(run)
+        code, said, seconds = run.stop(signal.SIGTERM)
     assert code == 143
-    assert 0.9 < seconds < 5
+    assert 0.9 < seconds < 10
     assert "without time for a checkpoint" in said
 
 
 def test_a_stage_without_training_ends_at_once(tmp_path: Path) -> None:
     # While models and libraries are being loaded there is nothing to save.
-    run = Run(tmp_path, "stages=[sft]")
-    run.wait_until(lambda: bool(run.ranks()), "rank")
-    time.sleep(1)
-    code, said, seconds = run.stop(signal.SIGTERM)
+    with Run(tmp_path, "stages=[sft]") as run:
+        run.wait_until(lambda: bool(run.ranks()), "rank")
+        time.sleep(1)
+        code, said, seconds = run.stop(signal.SIGTERM)
     assert code == 143
     assert seconds < 10
     assert "Traceback" not in said
@@ -187,9 +184,9 @@ def test_a_stage_without_training_ends_at_once(tmp_path: Path) -> None:
 
 def test_a_rank_of_another_launcher_stops_as_well(tmp_path: Path) -> None:
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    run = Run(tmp_path, *LONG, "sft.max_steps=100000", extra=ranks)
-    run.wait_for_step("sft", 7)
-    code, said, _ = run.stop(signal.SIGTERM)
+    with Run(tmp_path, *LONG, "sft.max_steps=100000", extra=ranks) as run:
+        run.wait_for_step("sft", 7)
+        code, said, _ = run.stop(signal.SIGTERM)
     step = _stages_manifest(run.path)["stages"]["sft"]["stopped"]["step"]
     assert code == 143
     assert said.startswith(f"rlhf: stopped by SIGTERM at step {step}; a checkpoint was written")
@@ -200,16 +197,16 @@ def test_a_rank_of_another_launcher_stops_as_well(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_one_killed_rank_ends_the_others(tmp_path: Path) -> None:
-    run = Run(tmp_path, "stages=[sft]", "distributed.num_processes=2", "sft.max_steps=100000")
-    run.wait_for_step("sft", 3)
-    _, second = run.ranks()
-    began = time.monotonic()
-    second.send_signal(signal.SIGKILL)
-    _, said = run.process.communicate(timeout=60)
-    assert time.monotonic() - began < 10
-    assert run.process.returncode == 137
-    assert "rank 1 was ended by signal 9 (SIGKILL)" in said
-    run.check_nothing_left()
+    with Run(tmp_path, "stages=[sft]", "distributed.num_processes=2", "sft.max_steps=100000") as run:
+        run.wait_for_step("sft", 3)
+        _, second = run.ranks()
+        began = time.monotonic()
+        second.send_signal(signal.SIGKILL)
+        _, said = run.process.communicate(timeout=60)
+        assert time.monotonic() - began < 10
+        assert run.process.returncode == 137
+        assert "rank 1 was ended by signal 9 (SIGKILL)" in said
+        run.check_nothing_left()
     assert _stages_manifest(run.path)["status"] == "failed"
 
 
@@ -217,10 +214,10 @@ def test_one_killed_rank_ends_the_others(tmp_path: Path) -> None:
 def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:
     def finish(name: str) -> Path:
         (tmp_path / name).mkdir()
-        run = Run(tmp_path / name, "stages=[sft]", "distributed.num_processes=2")
-        _, said = run.process.communicate(timeout=200)
-        assert run.process.returncode == 0, said
-        run.check_nothing_left()
+        with Run(tmp_path / name, "stages=[sft]", "distributed.num_processes=2") as run:
+            _, said = run.process.communicate(timeout=200)
+            assert run.process.returncode == 0, said
+            run.check_nothing_left()
         return run.path
 
     with ThreadPoolExecutor(2) as pool:
@@ -266,7 +263,7 @@ def test_a_stop_between_stages_releases_the_folder(
     slow_start: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 ) -> None:
     slow_start.send_signal(number)
-    _, said = slow_start.communicate(timeout=5)
+    _, said = slow_start.communicate(timeout=30)
     assert slow_start.returncode == 128 + number
     assert said == f"rlhf: stopped by {number.name}; the same command goes on where it stopped\n"
     assert _stages_manifest(tmp_path / "run")["status"] == "interrupted"
