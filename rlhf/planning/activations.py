@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.errors import ConfigError
 from rlhf.models.output_head import captured_input
-from rlhf.planning.architecture import Architecture, add_empty_adapter, empty_model
+from rlhf.planning.architecture import Architecture, add_empty_adapter, empty_model, experts_per_token
 
 if TYPE_CHECKING:
     from rlhf.config.peft import LoRAConfig
@@ -52,13 +52,18 @@ class PassShape:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that one row of a batch takes. `working` comes on top while a block is computed."""
+    """Bytes that one row of a batch takes. `working` comes on top while a block is computed.
+
+    `passing` is what the forward pass allocates and frees again. `counted` is False where all of it is an estimate, on
+    the safe side.
+    """
 
     kept: float
     kept_per_block: float
     block_input: float
     working_training: float
     working_inference: float
+    passing: float
     counted: bool
 
     def training(self, rows: int, *, checkpointing: bool, num_layers: int) -> float:
@@ -74,15 +79,20 @@ class Activations:
 def count_activations(architecture: Architecture, shape: PassShape, lora: LoRAConfig | None = None) -> Activations:
     """The activations of a row. With `lora` the base is frozen and adapters are trained, as in the stages.
 
-    A model whose code cannot run without data (experts that are chosen by value) is estimated instead, by Korthikanti
-    et al. 2022 (arXiv 2205.05198), equation 2 without the attention's quadratic part, and `counted` is False.
+    A model that does not take the stand-in for a fused kernel is counted with its own attention, which keeps more. One
+    whose code cannot run without data is estimated. In both cases `counted` is False.
     """
-    try:
-        two = _run(architecture, shape, lora, 2)
-        one = _run(architecture, shape, lora, 1) if shape.gradients else two
-    except (RuntimeError, TypeError, ValueError, ConfigError):
-        # Meta kernels that need values raise several kinds of errors.
-        return _estimated(architecture, shape)
+    for tried in (shape, replace(shape, eager=True)):
+        try:
+            return _counted(architecture, tried, lora, exact=tried == shape)
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, ConfigError):
+            continue  # meta kernels that need values, and models' own code, raise several kinds of errors
+    return _estimated(architecture, shape)
+
+
+def _counted(architecture: Architecture, shape: PassShape, lora: LoRAConfig | None, *, exact: bool) -> Activations:
+    two = _run(architecture, shape, lora, 2)
+    one = _run(architecture, shape, lora, 1) if shape.gradients else two
     block = two.kept - one.kept
     return Activations(
         kept=(one.kept + (architecture.num_layers - 1) * block) / _ROWS,
@@ -90,7 +100,8 @@ def count_activations(architecture: Architecture, shape: PassShape, lora: LoRACo
         block_input=_width(shape) * shape.num_tokens * architecture.hidden_size,
         working_training=two.working_training / _ROWS,
         working_inference=two.working_inference / _ROWS,
-        counted=True,
+        passing=(one.passing + (architecture.num_layers - 1) * (two.passing - one.passing)) / _ROWS,
+        counted=exact,
     )
 
 
@@ -99,6 +110,7 @@ class _Counts:
     kept: int
     working_training: int
     working_inference: int
+    passing: int
 
 
 def _run(architecture: Architecture, shape: PassShape, lora: LoRAConfig | None, num_layers: int) -> _Counts:
@@ -109,6 +121,9 @@ def _run(architecture: Architecture, shape: PassShape, lora: LoRAConfig | None, 
     model = empty_model(architecture.config, num_layers=num_layers, attention=kernel, dtype=dtype)
     if lora is not None:
         add_empty_adapter(model, lora)
+        if shape.bfloat16 and not shape.autocast:
+            for part in model.parameters():
+                part.data = part.data.to(torch.bfloat16)  # PEFT makes adapters in float32, DeepSpeed casts them
     model.train(shape.dropout)
     arguments = _arguments(architecture, shape)
     for parameter in model.parameters():
@@ -120,14 +135,17 @@ def _run(architecture: Architecture, shape: PassShape, lora: LoRAConfig | None, 
         working_inference = live.peak - _bytes_of(casts)
         del hidden
     if not shape.gradients:
-        return _Counts(0, 0, working_inference)
+        return _Counts(0, 0, working_inference, 0)
     with _LiveBytes(known) as live:
         with _precision(shape) as casts:
             hidden = _hidden_states(model, arguments)
-        kept, live.peak = live.now, live.now
+        for weight in [*model.parameters(), *(casts.copies.values() if casts is not None else ())]:
+            if weight.requires_grad:
+                weight.register_hook(live.ignore)
+        kept, passing, mark = live.now, live.freed, live.mark()
         hidden.backward(torch.empty_like(hidden))  # type: ignore[no-untyped-call]
-        working_training = live.peak - kept
-    return _Counts(kept - _bytes_of(casts), working_training, working_inference)
+        working_training = live.most_since(mark)
+    return _Counts(kept - _bytes_of(casts), working_training, working_inference, passing)
 
 
 def _bytes_of(casts: _Autocast | None) -> int:
@@ -162,17 +180,25 @@ def _hidden_states(model: nn.Module, arguments: dict[str, Tensor]) -> Tensor:
 
 
 def _drop_gradient(parameter: Tensor) -> None:
-    """Gradients of weights are counted apart, where sharding decides how many there are."""
+    """Frees a gradient as soon as it is complete."""
     parameter.grad = None
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that are alive; those of `known` tensors do not count."""
+    """Adds up the storages that are alive; those of `known` tensors do not count.
+
+    Gradients of weights do not grow with the rows and are counted apart, where sharding decides how many there are.
+    Which storages are theirs is known once they are complete, so `ignore` takes them out afterwards.
+    """
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
+        self.freed = 0
+        self._changes: list[tuple[int, int]] = []  # number of the storage, bytes more or less
+        self._numbers: dict[int, int] = {}
+        self._ignored: set[int] = set()
         self._alive: dict[int, Any] = {}
         for tensor in known:
             storage = tensor.untyped_storage()
@@ -191,12 +217,36 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self.now += size
         self.peak = max(self.peak, self.now)
+        number = len(self._changes)
+        self._numbers[key] = number
+        self._changes.append((number, size))
 
         def gone(_: object) -> None:
             self._alive.pop(key, None)
             self.now -= size
+            self.freed += size
+            self._changes.append((number, -size))
 
         self._alive[key] = weakref.ref(storage, gone)
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Takes out a tensor, from its making on."""
+        number = self._numbers.get(tensor.untyped_storage()._cdata)
+        if number is not None:
+            self._ignored.add(number)
+
+    def mark(self) -> int:
+        """The present moment, for `most_since`."""
+        return len(self._changes)
+
+    def most_since(self, mark: int) -> int:
+        """The most bytes above those of a moment, without what is to be ignored."""
+        now = peak = 0
+        for number, change in self._changes[mark:]:
+            if number not in self._ignored:
+                now += change
+                peak = max(peak, now)
+        return peak
 
 
 class _Autocast(TorchFunctionMode):
@@ -237,7 +287,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result = torch.empty_like(query)
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
         batch, _, length, _ = query.shape
         # Masks reach the kernel as numbers, one mask for all heads and each block its own copy.
         mask = query.new_empty(batch, 1, length, key.shape[2])
@@ -267,7 +317,11 @@ def _width(shape: PassShape) -> int:
 
 
 def _estimated(architecture: Architecture, shape: PassShape) -> Activations:
-    per_token = 34 * architecture.hidden_size * _width(shape) / 2
+    """A little more than what is counted for Llama (54 h bytes a token and block in bfloat16) and Mixtral (90 h)."""
+    text: Any = architecture.config.get_text_config(decoder=True)
+    inner = getattr(text, "intermediate_size", None) or 4 * architecture.hidden_size
+    chosen = experts_per_token(architecture.config)
+    per_token = (28 * architecture.hidden_size + 10 * chosen * inner) * _width(shape) / 2
     block = per_token * shape.num_tokens
     return Activations(
         kept=block * architecture.num_layers,
@@ -275,5 +329,6 @@ def _estimated(architecture: Architecture, shape: PassShape) -> Activations:
         block_input=_width(shape) * shape.num_tokens * architecture.hidden_size,
         working_training=block,
         working_inference=block,
+        passing=block * architecture.num_layers,
         counted=False,
     )

@@ -28,18 +28,23 @@ if TYPE_CHECKING:
 
 # Names of the number of layers, and of fields that hold one entry a layer, in the configs of transformers.
 _LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
+_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 _PER_LAYER_FIELDS = ("layer_types", "attention_layers", "attention_types")
 
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """Sizes of a language model. All counts are of parameters; `layers` is the sum over all blocks of all stacks."""
+    """Sizes of a language model. All counts are of parameters; `layers` is the sum over all blocks of all stacks.
+
+    `active_layers` are those of `layers` that one token is multiplied with: of a mixture of experts its experts.
+    """
 
     name: str
     config: PreTrainedConfig
     total: int
     embedding: int
     layers: int
+    active_layers: int
     head: int
     tied: bool
     largest: int
@@ -63,7 +68,7 @@ class Architecture:
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that every token is multiplied with, the output head apart."""
+        """Parameters that tokens are multiplied with, the output head apart."""
         return self.layers
 
     def head_products(self) -> int:
@@ -108,10 +113,17 @@ def architecture_of(config: PreTrainedConfig, name: str, key: str = "model.path"
     tied = head is None or head.weight is embedding
     parameters = {id(part): part for part in model.parameters()}.values()
     total = sum(part.numel() for part in parameters)
-    blocks = _blocks(model)
     text = config.get_text_config(decoder=True)
-    num_heads = int(getattr(text, "num_attention_heads", 0) or text.num_heads)
-    hidden_size = int(getattr(text, "hidden_size", 0) or text.d_model)
+    # Of a model for text and images only the text's decoder is run.
+    composite = getattr(config, "text_config", None) is not None
+    blocks = _blocks(cast(nn.Module, model.get_decoder()) if composite else model)
+    num_heads = int(getattr(text, "num_attention_heads", 0) or getattr(text, "num_heads", 0) or 0)
+    hidden_size = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0) or 0)
+    if not (blocks and num_heads and hidden_size):
+        raise ConfigError(
+            f"{key}: {name} ({config.model_type}) cannot be planned: a plan is for models whose config.json "
+            "gives layers, a hidden size and attention heads"
+        )
     head_size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or hidden_size // num_heads
     return Architecture(
         name=name,
@@ -119,6 +131,7 @@ def architecture_of(config: PreTrainedConfig, name: str, key: str = "model.path"
         total=total,
         embedding=embedding.numel(),
         layers=sum(part.numel() for block in blocks for part in block.parameters()),
+        active_layers=_active(blocks, text),
         head=0 if tied else sum(part.numel() for part in head.parameters()),
         tied=tied,
         largest=max(part.numel() for part in parameters),
@@ -148,12 +161,13 @@ def empty_model(
     """
     config = copy.deepcopy(config)
     if num_layers is not None:
+        sizes: Any = getattr(config, "text_config", None) or config
         for name in _LAYER_FIELDS:
-            if getattr(config, name, None) is not None:
-                setattr(config, name, num_layers)
+            if getattr(sizes, name, None) is not None:
+                setattr(sizes, name, num_layers)
         for name in _PER_LAYER_FIELDS:
-            if isinstance(getattr(config, name, None), list):
-                setattr(config, name, getattr(config, name)[:num_layers])
+            if isinstance(getattr(sizes, name, None), list):
+                setattr(sizes, name, getattr(sizes, name)[:num_layers])
     factory: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     arguments: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
@@ -170,7 +184,22 @@ def _not_buildable(key: str, what: str, error: Exception) -> str:
     return f"{key}: no language model can be built from the config.json of {what}: {type(error).__name__}: {error}"
 
 
-def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+def _active(blocks: list[nn.Module], config: PreTrainedConfig) -> int:
+    """Parameters of the blocks that one token is multiplied with: of experts as many as each token chooses."""
+    chosen = experts_per_token(config)
+    number = next((found for name in _EXPERT_FIELDS if (found := getattr(config, name, None))), None)
+    share = min(1.0, chosen / number) if number else 1.0
+    parts = (item for block in blocks for item in block.named_parameters())
+    return round(sum(part.numel() * (share if "experts" in name.split(".") else 1.0) for name, part in parts))
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """How many experts of a layer compute a token; 1 for a model without experts."""
+    text: Any = config.get_text_config(decoder=True)
+    return int(getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", None) or 1)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer's blocks: the members of its module lists that are not within another one."""
     found: list[nn.Module] = []
 
@@ -200,9 +229,16 @@ def lora_parameters(architecture: Architecture, lora: LoRAConfig, *, with_head: 
 
 
 def add_empty_adapter(model: PreTrainedModel, lora: LoRAConfig, *, with_head: bool = False) -> None:
-    """Puts an adapter without weights into an empty model and freezes all else."""
-    settings = new_settings(lora, model, base="", task=TaskType.CAUSAL_LM, with_head=with_head)
-    with torch.device("meta"):
-        inject_adapter(model, settings, "planned", None)
+    """Puts an adapter without weights into an empty model and freezes all else.
+
+    Raises `ConfigError` for a model that takes none.
+    """
+    try:
+        settings = new_settings(lora, model, base="", task=TaskType.CAUSAL_LM, with_head=with_head)
+        with torch.device("meta"):
+            inject_adapter(model, settings, "planned", None)
+    except AttributeError as error:
+        name = type(model).__name__
+        raise ConfigError(f"peft=lora cannot adapt {name}: {error}. Set peft=none") from error
     for name, part in model.named_parameters():
         part.requires_grad_(".lora_" in name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rlhf.config.peft import TRAINING_STAGES
 from rlhf.distributed.memory import Measured, MemoryMeter
 from rlhf.planning.memory import Setting
-from rlhf.planning.phases import peak_of
+from rlhf.planning.phases import libraries_bytes, peak_of
 from rlhf.planning.sources import find_sources
 from rlhf.planning.stages import TrainedStage, stage_phases
 from rlhf.terminal import say
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Predicted bytes of a rank (None: not a training stage, or no plan could be made), and the meter."""
+    """Predicted bytes of a rank (None: not a training stage, or no plan could be made), and the meter.
+
+    `constant` bytes of the prediction are there whatever the model.
+    """
 
     stage: str
     predicted: float | None
     meter: MemoryMeter
+    constant: float = 0.0
 
     @classmethod
     def start(cls, config: RLHFConfig, stage: str, inputs: Mapping[str, str], runtime: Runtime) -> StageMemory:
@@ -33,7 +37,8 @@ class StageMemory:
         predicted = None
         if runtime.is_main and stage in TRAINING_STAGES:
             predicted = _predict(config, stage, inputs, runtime)
-        return cls(stage, predicted, MemoryMeter.start(runtime.device))
+        constant = libraries_bytes(running_setting(config, runtime)) if runtime.device.type == "cpu" else 0.0
+        return cls(stage, predicted, MemoryMeter.start(runtime.device), constant)
 
     def summary(self, ranks: Sequence[Measured]) -> dict[str, float]:
         """Entries of the stage's result, of the rank that needed most; a line says so where there is a prediction."""
@@ -47,7 +52,9 @@ class StageMemory:
             on_cpu = self.meter.device.type == "cpu"
             above = f" above the {mebibytes(self.meter.before)} of libraries" if on_cpu else ""
             numbers = f"predicted {mebibytes(self.predicted)}, measured {mebibytes(growth)} per rank"
-            say(f"memory: {numbers}{above}")
+            too_small = self.constant > self.predicted / 2
+            note = f" (a model so small says little: {mebibytes(self.constant)} of it are for libraries)"
+            say(f"memory: {numbers}{above}{note if too_small else ''}")
         return entries
 
 

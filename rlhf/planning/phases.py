@@ -35,6 +35,8 @@ _LIBRARIES_BYTES, _DEEPSPEED_BYTES = 45 * 2**20, 90 * 2**20
 # Components that glibc serves from its heap, from which little goes back, and the largest block that it does so.
 _SMALL_BLOCKS = ("activations", "log-probs", "KV cache")
 _LARGEST_SMALL_BLOCK = 32 * 2**20
+# Share of what a forward pass allocates and frees again that stays with the process as holes. Fitted to measurements.
+_HOLES = 1 / 3
 COMPONENTS = (
     "parameters",
     "frozen models",
@@ -50,13 +52,17 @@ COMPONENTS = (
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a stage. `parts` are bytes on the device by component, at the phase's worst moment, `moment`."""
+    """One phase of a stage. `parts` are bytes on the device by component, at the phase's worst moment, `moment`.
+
+    `estimated`: its activations could not be counted.
+    """
 
     name: str
     parts: dict[str, float]
     host: float = 0.0
     moment: str = ""
     moments: dict[str, dict[str, float]] = field(default_factory=dict)
+    estimated: bool = False
 
     @property
     def device(self) -> float:
@@ -152,6 +158,7 @@ def update_phase(name: str, training: Training) -> Phase:
     before = states.gradients if training.accumulates else standing_gradients(module, setting)
     kept = [
         one.activations.training(one.rows, checkpointing=training.checkpointing, num_layers=one.num_layers)
+        + _holes(one, setting)
         for one in training.passes
     ]
     moments: dict[str, dict[str, float]] = {}
@@ -179,8 +186,9 @@ def update_phase(name: str, training: Training) -> Phase:
             **rest.parts,
         }
         done += one.weights
-    # 3. All gradients are there, and the last one comes on top of itself where it has two parts.
-    twice = module.largest * setting.trained_width if module.tied or training.accumulates else 0.0
+    # 3. All gradients are there, and the last one comes whole on top where it has two parts or what stays is a share.
+    doubled = module.tied or training.accumulates or setting.stage >= 2
+    twice = module.largest * setting.trained_width if doubled else 0.0
     first = training.passes[0]
     moments["end of the backward pass"] = standing | {
         "gradients": states.gradients + twice,
@@ -193,7 +201,14 @@ def update_phase(name: str, training: Training) -> Phase:
         "gradients": states.gradients,
         "buffers": communication(module, setting, ddp=training.ddp) + step,
     }
-    return worst(name, moments, states.host_parameters + states.host_optimizer + host_step)
+    phase = worst(name, moments, states.host_parameters + states.host_optimizer + host_step)
+    return replace(phase, estimated=not all(one.activations.counted for one in training.passes))
+
+
+def _holes(one: Pass, setting: Setting) -> float:
+    """Bytes between activations that a CPU's heap has no other use for: a share of what passed through it."""
+    small = one.rows * one.activations.block_input <= _LARGEST_SMALL_BLOCK
+    return _HOLES * one.rows * one.activations.passing if setting.device == "cpu" and small else 0.0
 
 
 def resting(training: Training, *, whole: bool) -> dict[str, float]:
@@ -232,14 +247,12 @@ class Loaded:
     trained: bool
 
 
-def load_phase(
-    models: list[Loaded], module: Module, setting: Setting, *, frozen: float = 0.0, shared_out: bool = False
-) -> Phase:
+def load_phase(models: list[Loaded], module: Module, setting: Setting, *, frozen: float = 0.0) -> Phase:
     """Loading one model after the other, then placing and sharding the trained module.
 
     A model is copied out of its mapped file, so that both are in memory for a moment. What of a model is on the device
-    before it is sharded its `placed` says; `frozen` is what the frozen ones come to afterwards. `shared_out`: at
-    stage 3 the trained module is moved and sharded parameter by parameter.
+    before it is sharded its `placed` says; `frozen` is what the frozen ones come to afterwards. At stage 3 the trained
+    module is moved and sharded parameter by parameter.
     """
     held = reading = 0.0
     for model in models:
@@ -250,8 +263,7 @@ def load_phase(
     width = setting.trained_width
     whole = sum(model.placed for model in models if model.trained)
     flat = module.whole * width + module.trainable * width if setting.stage in (1, 2) else 0.0
-    gathered = module.largest if shared_out else module.whole
-    sharded = gathered * width + states.parameters + states.master + standing_gradients(module, setting)
+    sharded = module.largest * width + states.parameters + states.master + standing_gradients(module, setting)
     trained = max(whole, flat, sharded if setting.stage == 3 else 0.0)
     placed = sum(model.placed for model in models if not model.trained)
     moments = {

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from pydantic import ValidationError
 
 from rlhf.config import RLHFConfig
-from rlhf.config.peft import TRAINING_STAGES, LoRAConfig, uses_lora
-from rlhf.config.zero import ZeroConfig
+from rlhf.config.peft import TRAINING_STAGES, uses_lora
+from rlhf.config.root import UNEVEN_BATCHES, uneven_batches
 from rlhf.errors import ConfigError
 from rlhf.planning.memory import Setting
 from rlhf.planning.phases import Phase, peak_of
-from rlhf.planning.sources import Source, Sources, find_sources
+from rlhf.planning.sources import Known, Source, Sources, find_sources
 from rlhf.planning.speed import GPUS, Work, stage_work
 from rlhf.planning.stages import (
     TrainedStage,
@@ -32,12 +36,15 @@ _PROCESS_BYTES = 600 * 2**20
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the config, by the overrides that make it, and the peak of a rank with it and all before it."""
+    """A change of the config, by the overrides that make it. `peak` is a rank's with it and all changes before it.
+
+    `alone` is the peak with this change only; None where the config does not take it without those before it.
+    """
 
     overrides: tuple[str, ...]
     peak: float
     fits: bool
-    alone: float
+    alone: float | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,11 @@ class StagePlan:
     def fits(self) -> bool:
         """Whether the peak is within the limit."""
         return self.peak <= self.limit
+
+    @property
+    def estimated(self) -> bool:
+        """Whether activations of the model could not be counted."""
+        return any(phase.estimated for phase in self.phases)
 
 
 @dataclass(frozen=True)
@@ -86,8 +98,9 @@ def make_plan(config: RLHFConfig) -> Plan:
             f"stages lists no training stage ({', '.join(TRAINING_STAGES)}), and only those are planned; it lists "
             f"{', '.join(config.stages)}"
         )
-    sources, setting = find_sources(config), setting_of(config)
-    made = [_plan_stage(stage, config, sources, setting) for stage in stages]
+    known: Known = {}
+    sources, setting = find_sources(config, known=known), setting_of(config)
+    made = [_plan_stage(stage, config, sources, setting, known) for stage in stages]
     device = "this machine's CPU" if setting.device == "cpu" else config.plan.gpu
     return Plan(setting, device, made)
 
@@ -123,7 +136,7 @@ def stage_peak(stage: TrainedStage, config: RLHFConfig, sources: Sources, settin
     return peak_of(stage_phases(stage, config, sources, setting), setting)
 
 
-def _plan_stage(stage: TrainedStage, config: RLHFConfig, sources: Sources, setting: Setting) -> StagePlan:
+def _plan_stage(stage: TrainedStage, config: RLHFConfig, sources: Sources, setting: Setting, known: Known) -> StagePlan:
     phases = stage_phases(stage, config, sources, setting)
     peak, limit = peak_of(phases, setting), limit_of(config, setting)
     source = {"sft": sources.base, "reward_model": sources.reward_base, "ppo": sources.policy}[stage]
@@ -137,7 +150,7 @@ def _plan_stage(stage: TrainedStage, config: RLHFConfig, sources: Sources, setti
         micro_batch_size=_micro_batch(stage, config, setting),
         largest_micro_batch=_largest_micro_batch(stage, config, sources, setting, limit),
         work=stage_work(stage, config, sources, setting),
-        changes=[] if peak <= limit else _changes(stage, config, sources, setting, limit),
+        changes=[] if peak <= limit else _changes(stage, config, peak, limit, known),
     )
 
 
@@ -176,117 +189,108 @@ def _largest_micro_batch(
     return low
 
 
-def _changes(stage: TrainedStage, config: RLHFConfig, sources: Sources, setting: Setting, limit: float) -> list[Change]:
+def _changes(stage: TrainedStage, config: RLHFConfig, peak: float, limit: float, known: Known) -> list[Change]:
     """The changes to make, one on top of the other, in the order of what they cost, until it fits."""
     made: list[Change] = []
-    current, now = config, setting
+    current = config
     for propose in _PROPOSALS:
-        proposal = propose(stage, current, now)
-        if proposal is None:
+        overrides = propose(stage, current, setting_of(current))
+        tried = _try(stage, current, overrides, known) if overrides else None
+        if tried is None:
             continue
-        overrides, wanted, ranks = proposal
-        other = Setting(ranks, now.ranks_per_node, now.device, now.bfloat16, wanted.zero)
-        peak = _peak_with(stage, wanted, other, sources)
-        alone_proposal = propose(stage, config, setting)
-        alone = peak
-        if alone_proposal is not None:
-            own = Setting(
-                alone_proposal[2], setting.ranks_per_node, setting.device, setting.bfloat16, alone_proposal[1].zero
-            )
-            alone = _peak_with(stage, alone_proposal[1], own, sources)
-        before = made[-1].peak if made else stage_peak(stage, config, sources, setting)
-        if peak >= before * 0.995 and alone > limit:
+        alone = _try(stage, config, tried.overrides, known)
+        if tried.peak >= peak * 0.995 and (alone is None or alone.peak > limit):
             continue  # it would change nothing that matters here
-        made.append(Change(overrides, peak, peak <= limit, alone))
-        current, now = wanted, other
+        current, peak = tried.config, tried.peak
+        made.append(Change(tried.overrides, peak, peak <= limit, alone.peak if alone is not None else None))
         if peak <= limit:
             break
     return made
 
 
-def _peak_with(stage: TrainedStage, config: RLHFConfig, setting: Setting, sources: Sources) -> float:
-    """The peak with another config, of which adapters are the only change in what the stages hold."""
-    lora = uses_lora(config, stage)
-    if lora and stage == "ppo":
-        sources = Sources(
-            base=sources.base,
-            reward_base=sources.reward_base,
-            policy=sources.policy,
-            reference=sources.reference,
-            same_reference=sources.same_reference,
-            critic=sources.critic,
-            rewards=tuple(Source(source.architecture, adapter=True) for source in sources.rewards),
-        )
-    return stage_peak(stage, config, sources, setting)
+class _Tried(NamedTuple):
+    """A changed config, all overrides that make it, and the stage's peak."""
+
+    config: RLHFConfig
+    overrides: tuple[str, ...]
+    peak: float
 
 
-Proposal = tuple[tuple[str, ...], RLHFConfig, int]
-Propose = Callable[[TrainedStage, RLHFConfig, Setting], Proposal | None]
-
-
-def _smaller_micro_batch(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> Proposal | None:
-    if _micro_batch(stage, config, setting) == 1:
+def _try(stage: TrainedStage, config: RLHFConfig, overrides: tuple[str, ...], known: Known) -> _Tried | None:
+    """The stage with other values in the config, and batches that the ranks can share; None where that is refused."""
+    try:
+        wanted = _with(config, overrides)
+        batches = tuple(f"{name}.batch_size={size}" for name, size in uneven_batches(wanted).items())
+        wanted = _with(wanted, batches)
+        peak = stage_peak(stage, wanted, find_sources(wanted, known=known), setting_of(wanted))
+    except (ValidationError, ConfigError):
         return None
-    return (f"{stage}.micro_batch_size=1",), changed(config, stage, micro_batch_size=1), setting.num_ranks
+    return _Tried(wanted, (*overrides, *batches), peak)
 
 
-def _smaller_rollout(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> Proposal | None:
+def _with(config: RLHFConfig, overrides: tuple[str, ...]) -> RLHFConfig:
+    """The config with other values, checked as a whole. Raises pydantic's `ValidationError`."""
+    values = config.model_dump()
+    for override in overrides:
+        key, _, text = override.partition("=")
+        section, _, name = key.partition(".")
+        values[section][name] = yaml.safe_load(text)
+    return RLHFConfig.model_validate_json(json.dumps(values), context={UNEVEN_BATCHES: True})
+
+
+Propose = Callable[[TrainedStage, RLHFConfig, Setting], tuple[str, ...] | None]
+
+
+def _smaller_micro_batch(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> tuple[str, ...] | None:
+    return None if _micro_batch(stage, config, setting) == 1 else (f"{stage}.micro_batch_size=1",)
+
+
+def _smaller_rollout(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> tuple[str, ...] | None:
     if stage != "ppo" or rows_of_rollout(config.ppo, setting) <= 4:
         return None
-    return ("ppo.rollout_batch_size=4",), changed(config, "ppo", rollout_batch_size=4), setting.num_ranks
+    return ("ppo.rollout_batch_size=4",)
 
 
-def _checkpointing(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> Proposal | None:
-    if getattr(config, stage).gradient_checkpointing:
-        return None
-    wanted = changed(config, stage, gradient_checkpointing=True)
-    return (f"{stage}.gradient_checkpointing=true",), wanted, setting.num_ranks
+def _checkpointing(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> tuple[str, ...] | None:
+    return None if getattr(config, stage).gradient_checkpointing else (f"{stage}.gradient_checkpointing=true",)
 
 
-def _chunked(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> Proposal | None:
+def _chunked(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> tuple[str, ...] | None:
     if stage != "ppo" or config.ppo.logprob_chunk_tokens is not None:
         return None
-    return ("ppo.logprob_chunk_tokens=512",), changed(config, "ppo", logprob_chunk_tokens=512), setting.num_ranks
+    return ("ppo.logprob_chunk_tokens=512",)
 
 
-def _higher_stage(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> Proposal | None:
+def _higher_stage(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> tuple[str, ...] | None:
     if setting.stage == 3 or setting.num_ranks == 1:
         return None
-    return ("zero=stage3",), changed(config, "zero", stage=3), setting.num_ranks
+    return ("zero.stage=3", "zero.shard_frozen=true")  # by keys: a preset would not outdo keys that are set already
 
 
-def _sharded_frozen(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> Proposal | None:
+def _sharded_frozen(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> tuple[str, ...] | None:
     if stage != "ppo" or setting.stage != 3 or config.zero.shard_frozen or setting.num_ranks == 1:
         return None
-    return ("zero.shard_frozen=true",), changed(config, "zero", shard_frozen=True), setting.num_ranks
+    return ("zero.shard_frozen=true",)
 
 
-def _offload(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> Proposal | None:
+def _offload(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> tuple[str, ...] | None:
     if setting.device == "cpu" or config.zero.offload_optimizer:
         return None
-    level: Any = config.zero.stage or 2
-    zero: ZeroConfig = config.zero.model_copy(update={"stage": level, "offload_optimizer": True})
-    overrides = (
-        ("zero.offload_optimizer=true",) if config.zero.stage else ("zero=stage2", "zero.offload_optimizer=true")
-    )
-    return overrides, config.model_copy(update={"zero": zero}), setting.num_ranks
+    return ("zero.offload_optimizer=true",) if setting.stage else ("zero.stage=2", "zero.offload_optimizer=true")
 
 
-def _more_ranks(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> Proposal | None:
+def _more_ranks(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> tuple[str, ...] | None:
     if setting.device == "cpu" or setting.stage == 0:
         return None
-    ranks = 4 * setting.num_ranks
-    batch = max(getattr(config, stage).batch_size, ranks * (config.ppo.num_minibatches if stage == "ppo" else 1))
-    overrides = [f"distributed.num_nodes={4 * config.distributed.num_nodes}"]
-    if batch != getattr(config, stage).batch_size:
-        overrides.append(f"{stage}.batch_size={batch}")
-    return tuple(overrides), changed(config, stage, batch_size=batch), ranks
+    return (f"distributed.num_nodes={4 * config.distributed.num_nodes}",)
 
 
-def _adapters(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> Proposal | None:
+def _adapters(stage: TrainedStage, config: RLHFConfig, setting: Setting) -> tuple[str, ...] | None:
     if uses_lora(config, stage) or (stage == "sft" and config.sft.base is None and config.model.path is None):
         return None
-    return ("peft=lora",), config.model_copy(update={"peft": LoRAConfig()}), setting.num_ranks
+    if config.peft.type == "lora":
+        return (f"peft.stages=[{','.join([*(config.peft.stages or ()), stage])}]",)
+    return ("peft.type=lora",)
 
 
 _PROPOSALS: tuple[Propose, ...] = (

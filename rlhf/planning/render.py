@@ -37,18 +37,19 @@ def render(plan: Plan) -> str:
 def verdict(plan: Plan) -> str:
     """`fits: yes` or `fits: no`, with the peak, the limit and on how many devices."""
     worst = max(plan.stages, key=lambda stage: stage.peak / stage.limit)
-    devices = _devices(plan)
+    host = max(stage.host for stage in plan.stages) * plan.setting.ranks_per_node
+    on_host = f"; a host needs {size(host)} of memory" if host and plan.setting.device == "cuda" else ""
     line = (
         f"fits: {'yes' if plan.fits else 'no'} (peak {size(worst.peak)} a rank in stage {worst.stage}, limit "
-        f"{size(worst.limit)}, {devices})"
+        f"{size(worst.limit)}, {_devices(plan)}{on_host})"
     )
     if plan.fits:
         return line
     if not worst.changes:
         return f"{line}\nno change of the config that is tried here helps: take a smaller model or a larger GPU"
-    alone = next((change for change in worst.changes if change.alone <= worst.limit), None)
-    if alone is not None:
-        return f"{line}\nfirst change: {' '.join(alone.overrides)} (peak {size(alone.alone)})"
+    for change in worst.changes:
+        if change.alone is not None and change.alone <= worst.limit:
+            return f"{line}\nfirst change: {' '.join(change.overrides)} (peak {size(change.alone)})"
     first = worst.changes[0]
     line += f"\nfirst change: {' '.join(first.overrides)} (peak {size(first.peak)}; it takes more, see above)"
     return line if worst.changes[-1].fits else f"{line}\nall the changes above together do not make it fit"
@@ -101,6 +102,11 @@ def _stage_lines(plan: Plan, stage: StagePlan) -> list[str]:
         lines.append(
             f"on the host at most {size(stage.host)} a rank, {size(stage.host * plan.setting.ranks_per_node)} for the "
             f"{plan.setting.ranks_per_node} of a host"
+        )
+    if stage.estimated:
+        lines.append(
+            f"activations are an estimate on the safe side: the code of {architecture.config.model_type} could not be "
+            "counted as it runs"
         )
     lines.append(_micro_batch_line(stage))
     lines.append(_work_line(stage))
@@ -162,11 +168,13 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "peak_bytes": round(stage.peak),
         "limit_bytes": round(stage.limit),
         "host_bytes": round(stage.host),
+        "activations_estimated": stage.estimated,
         "model": {
             "name": architecture.name,
             "parameters": architecture.total,
             "embedding": architecture.embedding,
             "layers": architecture.layers,
+            "active_layers": architecture.active_layers,
             "head": architecture.head,
             "tied": architecture.tied,
             "num_layers": architecture.num_layers,
@@ -199,7 +207,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
                 "overrides": list(change.overrides),
                 "peak_bytes": round(change.peak),
                 "fits": change.fits,
-                "peak_bytes_alone": round(change.alone),
+                "peak_bytes_alone": None if change.alone is None else round(change.alone),
             }
             for change in stage.changes
         ],

@@ -36,13 +36,17 @@ class Sources:
     rewards: tuple[Source, ...]
 
 
-def find_sources(config: RLHFConfig, inputs: Mapping[str, str] | None = None) -> Sources:
+# Architectures that were read, by path; None is the model from scratch.
+Known = dict[str | None, Architecture]
+
+
+def find_sources(config: RLHFConfig, inputs: Mapping[str, str] | None = None, known: Known | None = None) -> Sources:
     """What `config` names, else what its earlier stages will make; `inputs` are a running stage's own folders.
 
-    A policy that neither the config nor an earlier stage provides is taken to be of the shape of `model`. Raises
-    `ConfigError` for folders that cannot be planned.
+    A policy that neither the config nor an earlier stage provides is taken to be of the shape of `model`. What is in
+    `known` is not read again, and what is read is added to it. Raises `ConfigError` for folders that cannot be planned.
     """
-    reader = _Reader(config)
+    reader = _Reader(config, {} if known is None else known)
     given = dict(inputs or {})
     base = reader.at(given.get("base") or config.sft.base or config.model.path, "model.path")
     warm = Source(base.architecture, uses_lora(config, "sft"))
@@ -68,9 +72,9 @@ def find_sources(config: RLHFConfig, inputs: Mapping[str, str] | None = None) ->
 class _Reader:
     """Reads each config.json once."""
 
-    def __init__(self, config: RLHFConfig) -> None:
+    def __init__(self, config: RLHFConfig, known: Known) -> None:
         self._config = config
-        self._known: dict[str | None, Architecture] = {}
+        self._known = known
 
     def at(self, path: str | None, key: str, *, otherwise: Source | None = None) -> Source:
         if path is None and otherwise is not None:

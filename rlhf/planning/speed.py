@@ -64,10 +64,10 @@ def forward_flops(architecture: Architecture, rows: float, lengths: Lengths, *, 
     """Multiplications and additions of one forward pass: 2 a weight and token, and the attention's products.
 
     Kaplan et al. 2020 (arXiv 2001.08361), section 2.1, with the causal half of the attention. An encoder-decoder model
-    is counted as if each token went through half of the blocks.
+    is counted as if each token went through half of the blocks; of a mixture of experts, those that a token chooses.
     """
     tokens = rows * lengths.whole
-    blocks = architecture.layers / (2 if architecture.encoder_decoder else 1)
+    blocks = architecture.active_layers / (2 if architecture.encoder_decoder else 1)
     width = architecture.num_heads * architecture.head_size
     attention = 4 * architecture.num_layers * width * lengths.whole / 2
     return tokens * (2 * blocks + attention) + head_tokens * 2 * architecture.head_products()
@@ -131,7 +131,7 @@ def _rollout_seconds(config: RLHFConfig, policy: Architecture, lengths: Lengths,
     prefill = forward_flops(policy, rows, prompt, head_tokens=rows) / (_peak(config, setting) * share)
     weights = (policy.layers + policy.head_products()) * setting.runtime_width
     cache = kv_cache_bytes(policy, rows, lengths, setting) * (lengths.prompt + lengths.response / 2) / lengths.whole
-    computed = rows * 2 * (policy.layers + policy.head_products()) / _peak(config, setting)
+    computed = rows * 2 * (policy.active_layers + policy.head_products()) / _peak(config, setting)
     token = max((weights + cache) / gpu.bandwidth, computed) / share
     return batches * (prefill + lengths.response * token)
 

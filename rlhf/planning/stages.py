@@ -186,7 +186,9 @@ def _trained_by_trainer(
         ddp=True,
         multiplied=module.multiplied,
     )
-    load = load_phase([_loaded(source, loaded, 4, setting.trained_width)], module, setting)
+    # ZeRO-3 places and shares out one parameter at a time: nothing is whole on a device.
+    placed = 0 if setting.stage == 3 else setting.trained_width
+    load = load_phase([_loaded(source, loaded, 4, placed)], module, setting)
     # Under ZeRO the weights are cloned before they are written; without it they are written as they are.
     copies = module.whole * setting.trained_width if setting.stage else 0.0
     return [load, update_phase("update", training), save_phase(training, copies=copies)]
@@ -237,7 +239,7 @@ def _prepare_ppo(config: RLHFConfig, sources: Sources, setting: Setting) -> _PPO
     shape = _shape(config, policy, lengths, setting)
     if lora is not None and setting.bfloat16:
         # The base of the adapters is held in bfloat16 also without ZeRO.
-        shape = PassShape(shape.num_tokens, shape.num_prompt, True, False, shape.eager)
+        shape = PassShape(shape.num_tokens, shape.num_prompt, True, shape.autocast, shape.eager)
     micro, accumulation = rows_of_update(section, setting)
     activations = count_activations(policy, shape, lora)
     head = scored_logits(policy, micro, lengths.response, setting, section.logprob_chunk_tokens)
@@ -318,7 +320,6 @@ def _frozen(config: RLHFConfig, sources: Sources, lora: LoRAConfig | None, setti
 def _load_ppo(ppo: _PPO) -> Phase:
     setting, sources, runtime = ppo.setting, ppo.sources, ppo.setting.runtime_width
     models = []
-    # ZeRO-3 places and shares out one parameter at a time: nothing is whole on a device.
     whole = 0 if setting.stage == 3 else setting.trained_width
     frozen_whole = 0 if setting.zero.shard_frozen else 1
     if ppo.lora is not None:
@@ -334,7 +335,7 @@ def _load_ppo(ppo: _PPO) -> Phase:
         if ppo.lora is None or not source.adapter:
             placed = runtime * frozen_whole
             models.append(_loaded(source, source.architecture.scalar_total, runtime, placed, trained=False))
-    return load_phase(models, ppo.module, setting, frozen=ppo.frozen, shared_out=True)
+    return load_phase(models, ppo.module, setting, frozen=ppo.frozen)
 
 
 def kv_cache_bytes(architecture: Architecture, rows: int, lengths: Lengths, setting: Setting) -> float:

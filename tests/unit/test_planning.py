@@ -11,6 +11,7 @@ import torch
 from peft import TaskType
 from torch import nn
 
+from rlhf.config import RLHFConfig
 from rlhf.config.model import ModelConfig, ScratchConfig
 from rlhf.config.peft import LoRAConfig
 from rlhf.config.zero import ZeroConfig
@@ -20,8 +21,9 @@ from rlhf.models.scratch import build_from_scratch
 from rlhf.planning.activations import PassShape, count_activations
 from rlhf.planning.architecture import Architecture, lora_parameters, read_architecture, scratch_architecture
 from rlhf.planning.memory import Module, Setting, communication, training_states
+from rlhf.planning.sources import find_sources
 from rlhf.planning.speed import forward_flops
-from rlhf.planning.stages import Lengths, kv_cache_bytes
+from rlhf.planning.stages import Lengths, kv_cache_bytes, stage_phases
 from rlhf.planning.table import SHAPES
 
 # Meta's Llama-3-8B, from its model card and config.json.
@@ -113,11 +115,12 @@ def setting(stage: Any, ranks: int, *, bfloat16: bool = True, **zero: Any) -> Se
 )
 def test_states_are_those_of_the_zero_paper(stage: int, gigabytes: float) -> None:
     module = Module(whole=7_500_000_000, trainable=7_500_000_000, largest=10**8, multiplied=0)
-    states = training_states(module, setting(stage, 64))
+    theirs = {"data_types": {"grad_accum_dtype": "bf16"}}
+    states = training_states(module, setting(stage, 64, extra=theirs))
     total = states.parameters + states.gradients + states.optimizer
     assert total / 1e9 == pytest.approx(gigabytes, abs=0.05)
     # On one rank nothing is shared out: 2 + 2 + 12 bytes a parameter.
-    alone = training_states(module, setting(stage, 1))
+    alone = training_states(module, setting(stage, 1, extra=theirs))
     assert alone.parameters + alone.gradients + alone.optimizer == 16 * 7_500_000_000
 
 
@@ -137,7 +140,16 @@ def test_adapters_have_gradients_and_moments_of_their_own_only() -> None:
     states = training_states(module, setting(0, 1))
     assert (states.parameters, states.gradients, states.optimizer) == (1000 * 2 + 100 * 4, 400, 800)
     sharded = training_states(module, setting(3, 10))
-    assert (sharded.parameters, sharded.gradients, sharded.optimizer) == (220, 20, 120)
+    assert (sharded.parameters, sharded.gradients, sharded.optimizer) == (220, 40, 120)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_zero_3_loads_no_model_whole(stage: Any) -> None:
+    """Of Llama-2-70B's 138 GB in bfloat16 a rank of 128 has its share, with float32 masters and gradients beside."""
+    config = RLHFConfig.model_validate({"model": {"path": str(SHAPES / "llama-2-70b")}})
+    load = stage_phases(stage, config, find_sources(config), setting(3, 128))[0]
+    assert load.name == "load"
+    assert load.device < 7e9
 
 
 def test_offload_moves_the_optimiser_to_the_host() -> None:
@@ -145,7 +157,7 @@ def test_offload_moves_the_optimiser_to_the_host() -> None:
     states = training_states(module, setting(3, 4, offload_optimizer=True, offload_parameters=True))
     assert (states.parameters, states.optimizer) == (0, 0)
     assert states.host_parameters == 500  # 1,000 × 2 / 4
-    assert states.host_optimizer == 4500  # / 4: 4 master, 8 moments, 4 + 2 gradients
+    assert states.host_optimizer == 5000  # / 4: 4 master, 8 moments, 4 + 4 gradients
 
 
 def test_buffers_follow_the_deepspeed_json() -> None:

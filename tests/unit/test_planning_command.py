@@ -57,17 +57,25 @@ def test_llama_3_8b_ppo_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "8,030,261,248 parameters" in output
     body = plan_json(capsys, model, *PPO)
     stage = body["stages"]["ppo"]
-    assert body["fits"] is (stage["peak_bytes"] <= stage["limit_bytes"]) is ("fits: yes" in output)
+    # Yes, and not by far. What no plan may leave out while responses are sampled: policy and critic, whole in 16 bits
+    # and an eighth of their 18 bytes of weights, gradients and optimiser, together 61 GiB; and 2 GiB of cache, keys and
+    # values of 32 layers with 8 heads of 128 for 16 responses of 1024 tokens.
+    assert last[0].startswith("fits: yes")
+    assert body["fits"]
+    assert stage["limit_bytes"] == 77 * GIB
+    policy, critic = 8_030_261_248, 8_030_261_248 - 525_336_576 + 4096
+    lower_bound = (policy + critic) * (2 + 18 / 8) + 2 * 32 * 8 * 128 * 1024 * 16 * 2
+    assert 63 * GIB < lower_bound < stage["peak_bytes"] < 77 * GIB
     assert stage["peak_bytes"] == max(phase["device_bytes"] for phase in stage["phases"])
     gather = next(phase for phase in stage["phases"] if phase["name"] == "gather")
-    # Policy and critic, bfloat16, whole and an eighth; 12 bytes of the optimiser and 2 of the gradient, an eighth.
-    trained = 8_030_261_248 + 8_030_261_248 - 525_336_576 + 4096
+    # Policy and critic, bfloat16, whole and an eighth; 12 bytes of the optimiser and 4 of the gradient, an eighth.
+    trained = policy + critic
     assert gather["parts"]["parameters"] == pytest.approx(trained * (2 + 2 / 8))
     assert gather["parts"]["optimizer"] == pytest.approx(trained * 12 / 8)
-    assert gather["parts"]["gradients"] == pytest.approx(trained * 2 / 8)
+    assert gather["parts"]["gradients"] == pytest.approx(trained * 4 / 8)
     # One parameter at a time is placed and shared out, the largest being the embedding: never the whole in float32.
     load = next(phase for phase in stage["phases"] if phase["name"] == "load")
-    shares = trained * (2 + 4 + 2) / 8  # weights, their float32 masters, and the gradients' place
+    shares = trained * (2 + 4 + 4) / 8  # weights, their float32 masters, and the gradients' place
     assert load["parts"]["parameters"] == pytest.approx(shares + 525_336_576 * 2)
 
 
@@ -93,9 +101,12 @@ def test_a_small_gpu_needs_several_changes(tmp_path: Path) -> None:
     plan = make_plan(load_config([model, *PPO, "zero=stage2", "plan.gpu=a100-40gb"]).config)
     changes = plan.stages[0].changes
     assert not plan.fits
-    assert changes[-1].fits or not any(change.fits for change in changes)
-    assert all(change.peak > plan.stages[0].limit for change in changes[:-1])
-    assert "first change: " in verdict(plan)
+    # Whole, policy, critic, reference and reward model take 58 GiB in 16 bits: nothing helps without sharding them all.
+    assert {"zero.stage=3", "zero.shard_frozen=true"} <= {name for change in changes for name in change.overrides}
+    assert changes[-1].fits
+    assert changes[-1].peak <= 37 * GIB
+    assert all(change.peak > 37 * GIB for change in changes[:-1])
+    assert f"first change: {' '.join(changes[0].overrides)}" in verdict(plan)
 
 
 def test_stages_and_devices_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
