@@ -127,7 +127,7 @@ def _micro_batch_line(stage: StagePlan) -> str:
 def _work_line(stage: StagePlan) -> str:
     work = stage.work
     unit = "update" if stage.stage == "ppo" else "step"
-    text = f"a {unit}: {work.tokens:,.0f} tokens, {work.flops:.3g} FLOPs"
+    text = f"{'an' if unit == 'update' else 'a'} {unit}: {work.tokens:,.0f} tokens, {work.flops:.3g} FLOPs"
     if work.seconds is None:
         return text
     text += f", {duration(work.seconds)}"
