@@ -11,8 +11,8 @@ from datasets.exceptions import DatasetNotFoundError
 
 from rlhf.config.data import HubData, SplitConfig
 from rlhf.data import data_hash, load_comparisons, load_demonstrations, load_prompts, preflight
-from rlhf.data.hub_access import http_errors
 from rlhf.data.hub import choose_splits
+from rlhf.data.hub_access import http_errors
 from rlhf.errors import ConfigError, DataError
 from rlhf.records import Comparison, Demonstration, Message
 

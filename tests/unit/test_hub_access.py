@@ -51,7 +51,14 @@ def answering(status: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("status", "reason"), [(200, None), (401, None), (404, None), (500, "it answers with HTTP status 500"), (503, "it answers with HTTP status 503")]
+    ("status", "reason"),
+    [
+        (200, None),
+        (401, None),
+        (404, None),
+        (500, "it answers with HTTP status 500"),
+        (503, "it answers with HTTP status 503"),
+    ],
 )
 def test_what_counts_as_an_answer(status: int, reason: str | None) -> None:
     with answering(status) as address:
