@@ -70,7 +70,8 @@ def config_of(case: Case, num_processes: int) -> RLHFConfig:
     ).model_dump()
     peft = {"type": "lora", "rank": LORA.rank, "alpha": LORA.alpha} if case.layout == "adapters" else {"type": "none"}
     distributed = {"num_processes": num_processes, "device": "cpu", "timeout_seconds": 60}
-    zero = {"stage": case.stage, "extra": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    extra = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if case.stage == 3 else {}
+    zero = {"stage": case.stage, "extra": extra}
     return RLHFConfig.model_validate({**body, "peft": peft, "distributed": distributed, "zero": zero})
 
 
