@@ -125,7 +125,7 @@ def test_a_node_killed_whole_ends_the_other_within_ten_seconds(tmp_path: Path, t
 
 
 def test_sigterm_on_the_other_node_saves_and_the_same_command_goes_on(tmp_path: Path, mark: str) -> None:
-    arguments = ("stages=[sft]", "sft.max_steps=60", "sft.save_every=2")
+    arguments = ("stages=[sft]", "sft.max_steps=100", "sft.save_every=2")
     nodes = both(tmp_path, *arguments)
     wait_for(tmp_path / "run/stages/sft/checkpoints/checkpoint-2", nodes[0])
     nodes[1].terminate()

@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stage2": {"stage": 2},
     "stage3": {"stage": 3, "extra": SHARD_ALL},
 }
-RESUMED = ("plain", "stage2", "stage3")
+RESUMED = ("stage2", "stage3")
 KILLED_AT = 7
 
 
