@@ -27,6 +27,8 @@ from rlhf.worker import leave
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 8, 6, 11, 16
 NUM_STEPS = 3
+# In bfloat16 256 + 1 is 256.
+NUM_EQUAL = 320
 # Not the default, under which every tensor of so small a model would stay whole at stage 3.
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
@@ -164,6 +166,27 @@ def run_case(case: Case, num_processes: int) -> dict[str, Any]:
     return {"weights": weights, "norms": norms, "rate": engine.optimizer.param_groups[0]["lr"]}
 
 
+def growth_of_the_sum(stage: int, num_micro_batches: int) -> float:
+    """How much larger the gradient of many equal micro-batches is than that of one, in bf16."""
+    norms = []
+    for number in (1, num_micro_batches):
+        zero = ZeroConfig.model_validate({"stage": stage, "extra": SHARD_ALL if stage == 3 else {}})
+        runtime = Runtime.start(DistributedConfig(device="cpu", precision="bf16", timeout_seconds=60), zero, seed=5)
+        engine = TrainingEngine.prepare(
+            *build(seed=1),
+            runtime=runtime,
+            zero=zero,
+            micro_batch_size=ROWS,
+            accumulation_steps=number,
+            max_grad_norm=1e9,
+        )
+        tokens, targets, mask = fixed_batch()
+        for _ in range(number):
+            engine.backward(loss_sum(engine.module(tokens), targets, mask) / mask.sum())
+        norms.append(engine.step())
+    return norms[1] / norms[0]
+
+
 def run_resume(case: Case, num_processes: int, folder: Path) -> bool:
     """Whether two steps, a checkpoint and two more equal four steps, the second pair in a fresh engine."""
     runtime, engine = start(case, num_processes, build_seed=1)
@@ -224,6 +247,8 @@ def main(folder: Path, num_processes: int) -> None:
     results: dict[str, Any] = {case.name: run_case(case, num_processes) for case in CASES}
     for case in RESUMED:
         results["resume " + case.name] = run_resume(case, num_processes, folder)
+    if num_processes == 1:
+        results["sums"] = {stage: growth_of_the_sum(stage, NUM_EQUAL) for stage in (1, 2, 3)}
     results["trainer"] = run_trainer(num_processes, folder)
     last = run_case(CASES[-3], num_processes)  # nothing of the trainer's stage is left over
     results["after trainer"] = last
