@@ -63,6 +63,8 @@ LIGHT += [
     "rlhf.distributed.leader",
     "rlhf.distributed.zero",
     "rlhf.preferences.annotators",
+    "rlhf.preferences.resolution",
+    "rlhf.preferences.store",
 ]
 
 
