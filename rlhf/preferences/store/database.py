@@ -125,7 +125,7 @@ class Database:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 connection.execute("ROLLBACK")
-        except BaseException:
+        except BaseException:  # a signal as well: whatever it is rises, with the connection closed
             store.close()
             raise
         return store
