@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,9 @@ class Comparison:
     """Two responses to one prompt; `chosen` was preferred.
 
     `margin` is how much better, where known (the scale is the annotator's). `annotator` names who or what decided;
-    `chosen_shown_first` keeps the side on which the chosen response was shown.
+    `chosen_shown_first` keeps the side on which the chosen response was shown. `probability`, in [0.5, 1], is how
+    likely `chosen` is the better one: None is 1, a tie is 0.5 (then `chosen` is no better than the other). `agreement`
+    is the share of `num_annotators` annotators behind this outcome. `source` names what a report tells apart.
     """
 
     prompt: PromptContent
@@ -74,10 +77,33 @@ class Comparison:
     margin: float | None = None
     annotator: str | None = None
     chosen_shown_first: bool | None = None
+    probability: float | None = None
+    agreement: float | None = None
+    num_annotators: int | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.probability is not None and not 0.5 <= self.probability <= 1:
+            raise ValueError(f"the probability that chosen is better lies in [0.5, 1], not {self.probability}")
 
 
-Record = Prompt | Demonstration | Comparison
-RecordT = TypeVar("RecordT", Prompt, Demonstration, Comparison)
+@dataclass(frozen=True)
+class RatedResponse:
+    """A response with a number that says how good it is, on the annotator's scale; higher is better."""
+
+    prompt: PromptContent
+    response: str
+    rating: float
+    annotator: str | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.rating):
+            raise ValueError(f"a rating is a finite number, not {self.rating}")
+
+
+Record = Prompt | Demonstration | Comparison | RatedResponse
+RecordT = TypeVar("RecordT", Prompt, Demonstration, Comparison, RatedResponse)
 
 
 def prompt_to_json(prompt: PromptContent) -> Any:

@@ -10,7 +10,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 from rlhf.config.data import SplitConfig
 from rlhf.errors import DataError
-from rlhf.records import Comparison, Demonstration, Prompt, PromptContent, prompt_key
+from rlhf.records import Comparison, Prompt, PromptContent, Record, prompt_key
 
 T = TypeVar("T")
 SplitName = Literal["train", "validation", "test"]
@@ -107,11 +107,11 @@ def split_of(key: str, splits: SplitConfig) -> SplitName:
     return "train"
 
 
-def split_key(record: Prompt | Demonstration | Comparison) -> str:
+def split_key(record: Record) -> str:
     """What decides the split: the prompt, or for an empty prompt the (chosen) response, white space normalised."""
     if not is_empty(record.prompt) or isinstance(record, Prompt):
         return prompt_key(record.prompt)
-    return prompt_key(record.response if isinstance(record, Demonstration) else record.chosen)
+    return prompt_key(record.chosen if isinstance(record, Comparison) else record.response)
 
 
 def is_empty(prompt: PromptContent) -> bool:

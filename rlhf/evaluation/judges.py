@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from rlhf.data.embedded import gold_reward
 from rlhf.errors import DataError
-from rlhf.evaluation.statistics import Interval, wilson
 from rlhf.records import PromptContent
+from rlhf.statistics import Interval, wilson
 
 LabelledText = tuple[str, bool]
 DECISION_THRESHOLD = 0.5

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf import statistics
 from rlhf.config.data import EmbeddedData, LabelledTextData
 from rlhf.config.stages import ClassifierJudge, GoldJudge
 from rlhf.data import load_labelled_texts
 from rlhf.data.embedded import gold_attributes
 from rlhf.errors import ConfigError
-from rlhf.evaluation import statistics
 from rlhf.evaluation.judges import ClassifierJudge as TextClassifier
 from rlhf.evaluation.judges import GoldJudge as Gold
 from rlhf.evaluation.judges import Judge

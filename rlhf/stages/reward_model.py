@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import TaskType
 
+from rlhf import statistics
 from rlhf.config.peft import lora_of
 from rlhf.data import load_comparisons
 from rlhf.data.splits import Splits
 from rlhf.data.tokenization import EncodedPair, encode_pair, fit_lengths
 from rlhf.distributed.frozen import equal_batches, on_device
-from rlhf.evaluation import statistics
 from rlhf.models.adapters import add_adapter, backbone_of
 from rlhf.models.loading import check_vocabulary, load_tokenizer
 from rlhf.models.positions import check_positions

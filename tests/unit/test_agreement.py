@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from rlhf.evaluation.agreement import (
+from rlhf.preferences.resolution import rated_labels
+from rlhf.statistics.agreement import (
     KappaWeights,
     Level,
     cohen_kappa,
@@ -23,9 +24,8 @@ from rlhf.evaluation.agreement import (
     pairwise_cohen_kappa,
     percent_agreement,
 )
-from rlhf.evaluation.annotations import Annotations, Resampling, Value, annotation_table, table_of_labels
-from rlhf.evaluation.statistics import Interval
-from rlhf.preferences.resolution import rated_labels
+from rlhf.statistics.annotations import Annotations, Resampling, Value, annotation_table, table_of_labels
+from rlhf.statistics.intervals import Interval
 
 FEW = Resampling(num_resamples=50)
 LEVELS: tuple[Level, ...] = ("nominal", "ordinal", "interval", "ratio")
@@ -332,7 +332,7 @@ def test_the_means_interval_is_of_the_mean_not_of_one_pair() -> None:
 def test_many_resamples_in_blocks_are_all_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     table = annotation_table(rows_of(next(iter(KRIPPENDORFF))))
     whole = krippendorff_alpha(table, "ordinal")
-    monkeypatch.setattr("rlhf.evaluation.annotations._BLOCK", 70)
+    monkeypatch.setattr("rlhf.statistics.annotations._BLOCK", 70)
     assert krippendorff_alpha(table, "ordinal") == whole
 
 

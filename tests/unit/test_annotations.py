@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf.errors import DataError
-from rlhf.evaluation.agreement import (
+from rlhf.statistics.agreement import (
     agreement_ceiling,
     cohen_kappa,
     fleiss_kappa,
@@ -18,7 +18,7 @@ from rlhf.evaluation.agreement import (
     percent_agreement,
     self_consistency,
 )
-from rlhf.evaluation.annotations import Resampling, Value, annotation_table, table_of_labels
+from rlhf.statistics.annotations import Resampling, Value, annotation_table, table_of_labels
 
 FEW = Resampling(num_resamples=50)
 

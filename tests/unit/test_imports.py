@@ -15,8 +15,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "rlhf"
 
 _RECORDS = {"errors", "records", "terminal"}
-_SHARED = {"errors", "terminal", "ops", "config", "records", "batches"}
-_LIBRARY = _SHARED | {"data", "models", "rewards", "preferences", "evaluation", "distributed", "runs"}
+_SHARED = {"errors", "terminal", "ops", "config", "records", "batches", "statistics"}
+_LIBRARY = _SHARED | {"data", "models", "chat", "rewards", "preferences", "evaluation", "distributed", "runs"}
 _EVERYTHING = _LIBRARY | {"planning", "stages", "sweeps", "pipeline", "worker", "supervisor", "sbatch", "trainer"}
 
 # What each part of the package may import besides itself. A new part gets a line here.
@@ -26,13 +26,17 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"errors"},
     "config": {"errors"},
     "records": {"errors"},
+    "statistics": {"errors"},
     "batches": {"errors", "ops"},
     "data": _SHARED,
     # A model folder's tokenizer gets its chat template from the data's.
     "models": _SHARED | {"data"},
-    "preferences": _SHARED,
+    # Models that answer chats: one of ours in memory, or an address.
+    "chat": _SHARED | {"data", "models"},
+    # An annotator may be a model that is asked, or a reward.
+    "preferences": _SHARED | {"data", "models", "chat", "rewards"},
     # A learned reward is a tokenized text through a model.
-    "rewards": _SHARED | {"data", "models"},
+    "rewards": _SHARED | {"data", "models", "chat"},
     "distributed": {"errors", "config", "terminal"},
     "runs": _RECORDS | {"config"},
     "evaluation": _LIBRARY,

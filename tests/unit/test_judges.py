@@ -11,8 +11,8 @@ import pytest
 from rlhf.data.embedded import gold_reward
 from rlhf.errors import DataError
 from rlhf.evaluation.judges import ClassifierJudge, GoldJudge, Judge, whole_text
-from rlhf.evaluation.statistics import wilson
 from rlhf.records import Message, PromptContent
+from rlhf.statistics.intervals import wilson
 
 PROMPT = "My cousin and I saw the new film on Friday ."
 LIKED, NEUTRAL, DISLIKED = ("warm", "bright", "witty"), ("film", "scene", "story", "end"), ("cold", "dull", "stale")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.evaluation.statistics import Interval, bootstrap_difference, bootstrap_mean, wilson, win_rate
+from rlhf.statistics.intervals import Interval, bootstrap_difference, bootstrap_mean, wilson, win_rate
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_bootstrap_of_equal_values_is_a_point() -> None:
 def test_bootstrap_in_blocks_equals_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.Generator(np.random.PCG64(4)).normal(size=50).tolist()
     whole = bootstrap_mean(values, num_resamples=300)
-    monkeypatch.setattr("rlhf.evaluation.statistics._BLOCK", 50 * 7)
+    monkeypatch.setattr("rlhf.statistics.intervals._BLOCK", 50 * 7)
     assert bootstrap_mean(values, num_resamples=300) == whole
 
 

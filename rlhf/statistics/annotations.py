@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.errors import DataError
-from rlhf.evaluation.statistics import Interval
+from rlhf.statistics.intervals import Interval
 
 Value = str | int | float | bool
 Codes = NDArray[np.int64]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rlhf.errors import DataError
-from rlhf.evaluation.annotations import (
+from rlhf.statistics.annotations import (
     DEFAULT_RESAMPLING,
     MISSING,
     Annotations,
@@ -30,7 +30,7 @@ from rlhf.evaluation.annotations import (
     annotation_table,
     count_values,
 )
-from rlhf.evaluation.statistics import Interval
+from rlhf.statistics.intervals import Interval
 
 KappaWeights = Literal["none", "linear", "quadratic"]
 Level = Literal["nominal", "ordinal", "interval", "ratio"]
