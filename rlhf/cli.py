@@ -18,6 +18,7 @@ STAGE_VERBS = {
     "collect": "collect",
     "reward-model": "reward_model",
     "ppo": "ppo",
+    "best-of-n": "best_of_n",
     "evaluate": "evaluate",
     "report": "report",
 }
@@ -27,8 +28,12 @@ VERBS = {
     "collect": "run stage collect alone: sample pairs of responses and have them labelled",
     "reward-model": "run stage reward_model alone: train on comparisons",
     "ppo": "run stage ppo alone: optimise the policy against the reward model with a KL penalty",
+    "best-of-n": "run stage best_of_n alone: the best of n responses by each reward, and what a judge thinks of them",
     "evaluate": "run stage evaluate alone: judge the policy against the baseline on held-out prompts",
     "report": "run stage report alone: write report.html from what the run folder holds",
+    "label": "serve the page on which people label: store=FILE [port=8600] [annotators=[anna,ben]] ...",
+    "preferences": "the preference store: import from=FILE, export to=FOLDER, status, check",
+    "serve": "serve a reward over HTTP: reward.model=FOLDER, or 'reward={type: ...}'; --json for machines",
     "config": "print the resolved config and where each value came from",
     "plan": "say whether the training stages fit into memory, where it goes and how long they take; --json",
     "doctor": "check whether this machine runs it: versions, devices, disk, network, ranks; --json for machines",
@@ -52,7 +57,8 @@ Examples:
 Groups: experiment, model, data, zero, peft, ppo, launcher.
 `rlhf config experiment=NAME` lists every key with its value and origin.
 The same command again resumes, or finds nothing to do. run.dir=FOLDER chooses the run folder.
-Exit codes: 0 success, 2 wrong usage or config, 130 Ctrl-C, 143 SIGTERM, 137 a rank was killed, 1 anything else.
+Exit codes: 0 success, 2 wrong usage or config, 75 waiting for people's labels, 130 Ctrl-C, 143 SIGTERM, 137 a rank was
+killed, 1 anything else.
 --debug shows tracebacks; --version prints the version."""
 
 
@@ -105,6 +111,20 @@ def _dispatch(verb: str, arguments: list[str], debug: bool) -> int:
         from rlhf.doctor import run_doctor
 
         return run_doctor(arguments)
+    if verb == "label":
+        from rlhf.distributed.launch import die_with_parent
+        from rlhf.preferences.page.command import run_label
+
+        die_with_parent()  # started by a run that waits for people
+        return run_label(arguments)
+    if verb == "preferences":
+        from rlhf.preferences.command import run_preferences
+
+        return run_preferences(arguments)
+    if verb == "serve":
+        from rlhf.serving.command import run_serve
+
+        return run_serve(arguments)
     if verb == "plan":
         from rlhf.planning.command import run_plan
 

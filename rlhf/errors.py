@@ -7,6 +7,8 @@ import signal
 EXIT_SUCCESS = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on once people have labelled.
+EXIT_WAITING = 75
 EXIT_INTERRUPTED = 130
 # Ended by Ctrl-C, SIGTERM or SIGHUP: 128 + the signal.
 EXIT_STOPPED = (EXIT_INTERRUPTED, 143, 129)
@@ -45,6 +47,12 @@ class DiskFullError(StorageError):
 
 class ReadOnlyError(StorageError):
     """The folder that the run writes to may not be written: permissions, or a file system that is read-only."""
+
+
+class WaitingForLabels(UserError):  # noqa: N818 - it says what is going on, nothing went wrong
+    """A stage cannot go on before people have labelled. What they are asked is in the preference store."""
+
+    exit_code = EXIT_WAITING
 
 
 class Stopped(KeyboardInterrupt):

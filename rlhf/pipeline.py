@@ -15,20 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import data
-from rlhf.config import RLHFConfig, StageName
+from rlhf.config import STUDIES, STUDIES_OF_RUNS, RLHFConfig, StageName
+from rlhf.config.best_of_n import best_of_n_rewards
 from rlhf.config.peft import lora_content
 from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
+from rlhf.config.preferences import annotator_files, annotator_rewards, decisive_content
 from rlhf.config.provenance import flatten
 from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
 from rlhf.data.templates import chat_template
 from rlhf.distributed.zero import check_user_entries
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.models.paths import base_of, check_model_path, is_adapter, is_local
+from rlhf.models.paths import base_of, check_model_path, is_adapter, is_ensemble, is_local, member_folders
+from rlhf.preferences.annotators.checks import check_annotators
+from rlhf.preferences.rounds import earlier_labels
+from rlhf.preferences.waiting import store_path
 from rlhf.rewards import checks as reward_checks
-from rlhf.rewards.checks import needs_reward_model, reward_model_paths
 from rlhf.runs.files import fingerprint, hash_path
 from rlhf.runs.folder import RunFolder, StageFolder, StageResult
 from rlhf.runs.jsonable import read_json
+from rlhf.stage_inputs import collects_ratings, inputs_of
 
 # Raised when the code of a stage changes so that an old result is no longer what the same config gives.
 FINGERPRINT_VERSION = 3
@@ -43,7 +48,12 @@ _BOOKKEEPING = {
     "base",
     "baseline",
     "comparisons",
+    "ratings",
 }
+
+
+# Sections that decide where and how a study's arms are run, not what comes out.
+_NOT_OF_ARMS = {"run", "tracking", "plan", "launcher", "zero", "distributed", "stages", "experiment"}
 
 
 @dataclass(frozen=True)
@@ -60,103 +70,46 @@ class StagePlan:
     finished: bool
 
 
-def _own_model(config: RLHFConfig, run: RunFolder, producer: StageName) -> str | None:
-    """This run's model of a stage, when the stage is going to run or has finished earlier."""
-    stage = run.stage(producer)
-    if producer in config.stages or stage.read_result() is not None:
-        return str(stage.model)
-    return None
-
-
-def _required(value: str | None, stage: StageName, name: str, producer: StageName) -> str:
-    if value is not None:
-        return value
-    raise ConfigError(
-        f"stage {stage} needs a {name.replace('_', ' ')}: this run has no finished stage {producer} and stages does "
-        f"not list it. Add {producer} to stages, or set {stage}.{name}=FOLDER_OR_HUB_ID."
-    )
-
-
 def resolve_inputs(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str, str]:
     """The models and folders a stage reads: what its config names, else what this run makes.
 
     Raises `ConfigError` when something is missing, naming the key that would provide it.
     """
-    inputs = _inputs(config, run, stage)
+    inputs = inputs_of(config, run, stage)
     return {name: os.path.expanduser(path) for name, path in inputs.items()}
-
-
-def _inputs(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str, str]:
-    sft = _own_model(config, run, "sft")
-    if stage == "sft":
-        base = config.sft.base or config.model.path
-        return {} if base is None else {"base": base}
-    if stage == "collect":
-        return {"policy": _required(config.collect.policy or sft, stage, "policy", "sft")}
-    if stage == "reward_model":
-        base = _required(config.reward_model.base or sft or config.model.path, stage, "base", "sft")
-        inputs = {"base": base}
-        collected = "collect" in config.stages or run.stage("collect").read_result() is not None
-        if config.reward_model.comparisons is not None:
-            inputs["comparisons"] = config.reward_model.comparisons
-        elif collected:
-            inputs["comparisons"] = str(run.stage("collect").path / "comparisons")
-        return inputs
-    if stage == "ppo":
-        return _ppo_inputs(config, run, sft)
-    if stage == "evaluate":
-        policy = _required(config.evaluate.policy or _own_model(config, run, "ppo"), stage, "policy", "ppo")
-        baseline = _required(config.evaluate.baseline or sft, stage, "baseline", "sft")
-        inputs = {"policy": policy, "baseline": baseline, "reference": config.evaluate.reference or baseline}
-        reward_model = config.evaluate.reward_model or _own_model(config, run, "reward_model")
-        if reward_model is not None:
-            inputs["reward_model"] = reward_model
-        elif config.evaluate.judge.type == "reward_model":
-            _required(None, stage, "reward_model", "reward_model")
-        return inputs
-    return {}
-
-
-def _ppo_inputs(config: RLHFConfig, run: RunFolder, sft: str | None) -> dict[str, str]:
-    section = config.ppo
-    policy = _required(section.policy or sft, "ppo", "policy", "sft")
-    inputs = {"policy": policy, "reference": section.reference or policy}
-    reward_model = section.reward_model or _own_model(config, run, "reward_model")
-    if needs_reward_model(section.rewards):
-        inputs["reward_model"] = _required(reward_model, "ppo", "reward_model", "reward_model")
-    inputs |= {f"rewards.{name}.path": path for name, path in reward_model_paths(section.rewards).items()}
-    if section.value_network == "shared_trunk":
-        return inputs
-    if section.value_model is not None:
-        inputs["value_model"] = section.value_model
-    elif section.value_init == "reward_model":
-        if reward_model is None:
-            raise ConfigError(
-                "the critic of stage ppo starts from a reward model, and this run has none: set ppo.value_init=policy, "
-                "or name a model in ppo.value_model."
-            )
-        inputs["value_model"] = reward_model
-    return inputs
 
 
 def _check_data_fits(config: RLHFConfig, run: RunFolder) -> None:
     """Stages that need a kind of data which this data cannot be."""
     kind = config.data.type
-    if "collect" in config.stages and kind != "embedded":
-        raise ConfigError(
-            f"stage collect has simulated annotators, who need the gold reward of data=embedded; data.type is {kind}. "
-            "Leave collect out of stages: the reward model then takes the data's own comparisons, for instance "
-            "stages=[sft,reward_model,ppo,evaluate,report]."
-        )
+    if "collect" in config.stages:
+        _check_gold(config)
+        for key, path in annotator_files(config.preferences).items():
+            if not Path(path).expanduser().is_file():
+                raise ConfigError(f"preferences.{key}={path}: there is no such file")
     if (
         "reward_model" in config.stages
         and kind == "embedded"
-        and "comparisons" not in _inputs(config, run, "reward_model")
+        and config.reward_model.loss.type != "rating"
+        and "comparisons" not in inputs_of(config, run, "reward_model")
     ):
         raise ConfigError(
             "stage reward_model needs comparisons: data=embedded has none of its own, and this run has no finished "
             "stage collect. Add collect to stages, or set reward_model.comparisons=FOLDER."
         )
+    if (
+        "reward_model" in config.stages
+        and kind not in ("files", "hub")
+        and config.reward_model.loss.type == "rating"
+        and config.reward_model.ratings is None
+        and not ("collect" in config.stages and collects_ratings(config))
+    ):
+        raise ConfigError(
+            f"reward_model.loss.type=rating needs rated responses, and data.type={kind} has none: set "
+            "reward_model.ratings=FOLDER, or take data=files or data=hub with rows of prompt, response and rating."
+        )
+    if "best_of_n" in config.stages:
+        _check_judge(config.best_of_n.judge, list(best_of_n_rewards(config)), kind)
     judges = {"gold": "embedded", "classifier": "labelled_text"}
     judge = config.evaluate.judge.type
     if "evaluate" in config.stages and judges.get(judge, kind) != kind:
@@ -166,7 +119,48 @@ def _check_data_fits(config: RLHFConfig, run: RunFolder) -> None:
         )
 
 
-_SECTION_KEYS: dict[tuple[StageName, str], str] = {("sft", "base"): "model.path"}
+def _check_judge(judge: str, rewards: list[str], kind: str) -> None:
+    """Of stage best_of_n: one reward measures what the others pick."""
+    if judge not in rewards:
+        raise ConfigError(
+            f"best_of_n.judge={judge} is none of the rewards {', '.join(rewards)} (data.type={kind}; data=embedded has "
+            f"the reward gold by itself). Name one of them, or add best_of_n.rewards.{judge}."
+        )
+    if len(rewards) == 1:
+        raise ConfigError(
+            f"best_of_n.rewards has the judge {judge} alone, and no reward that picks: add one, or leave rewards out "
+            "to take this run's reward model"
+        )
+
+
+def _check_gold(config: RLHFConfig) -> None:
+    """What needs to know the right answer has data that knows it."""
+    kind, section = config.data.type, config.preferences
+    if kind == "embedded":
+        return
+    if any(reward.type == "gold" for reward in annotator_rewards(section).values()):
+        raise ConfigError(
+            f"stage collect has annotators who see the gold reward of data=embedded; data.type is {kind}. Choose "
+            "others (preferences.annotator=human, preferences.annotator.type=judge or rule), or leave collect out of "
+            "stages: the reward model then takes the data's own comparisons, for instance "
+            "stages=[sft,reward_model,ppo,evaluate,report]."
+        )
+    if section.gold_labels_test:
+        raise ConfigError(
+            f"preferences.test_labels=gold needs the gold reward of data=embedded; data.type is {kind}. Set "
+            "preferences.test_labels=annotator."
+        )
+    if section.gold_share and not data.gives_comparisons(config.data):
+        raise ConfigError(
+            f"preferences.gold_share={section.gold_share:g} needs pairs whose answer is known: data=embedded, or data "
+            f"with comparisons of its own, which data.type={kind} is not. Set preferences.gold_share=0."
+        )
+
+
+_SECTION_KEYS: dict[tuple[StageName, str], str] = {
+    ("sft", "base"): "model.path",
+    ("best_of_n", "reward_model"): "best_of_n.rewards",
+}
 
 
 def preflight(config: RLHFConfig, run: RunFolder) -> None:
@@ -176,8 +170,12 @@ def preflight(config: RLHFConfig, run: RunFolder) -> None:
     if stages:
         data.preflight(config.data)
         _check_data_fits(config, run)
+        if "collect" in stages:
+            check_annotators(config.preferences.annotator, config.data, "preferences.annotator")
         if "ppo" in stages:
             reward_checks.preflight(config.ppo.rewards, config.data)
+        if "best_of_n" in stages:
+            reward_checks.preflight(best_of_n_rewards(config), config.data, "best_of_n.rewards")
     elif not any(run.stages.glob("*/result.json")):
         raise ConfigError(
             f"there is no finished stage to report in {run.path}. Give the experiment and keys of the run, or its "
@@ -188,10 +186,10 @@ def preflight(config: RLHFConfig, run: RunFolder) -> None:
         for name, path in resolve_inputs(config, run, stage).items():
             if any(path.startswith(folder + "/") for folder in produced):
                 continue
-            key = f"{stage}.{name}"
+            key = name if name.startswith("preferences.") else f"{stage}.{name}"
             if "." not in name and getattr(getattr(config, stage), name, None) is None:
                 key = _SECTION_KEYS.get((stage, name), key)
-            if name == "comparisons":
+            if name in ("comparisons", "ratings"):
                 _check_comparisons(path, key)
             else:
                 _check_model(path, key)
@@ -215,6 +213,8 @@ def _check_comparisons(path: str, key: str) -> None:
 
 def _content(path: str, revision: str | None) -> str:
     """What identifies an input: the hash of a folder's content and of an adapter's base, or a hub id with revision."""
+    if is_ensemble(path):
+        return "ensemble " + " ".join(_content(member, revision) for member in member_folders(path))
     if is_adapter(path):
         return f"{hash_path(Path(path))} on {_content(base_of(path), revision)}"
     if is_local(path) or Path(path).exists():
@@ -222,7 +222,9 @@ def _content(path: str, revision: str | None) -> str:
     return f"hub:{path}@{revision or 'main'}"
 
 
-def decided_by(config: RLHFConfig, stage: StageName, inputs: Mapping[str, str], data_hash: str) -> dict[str, Any]:
+def decided_by(
+    config: RLHFConfig, run: RunFolder, stage: StageName, inputs: Mapping[str, str], data_hash: str
+) -> dict[str, Any]:
     """Everything that decides the stage's result, as plain values. Its hash is the stage's fingerprint.
 
     The device and the version of this package are not among it: they decide the rounding, and `FINGERPRINT_VERSION`
@@ -231,10 +233,18 @@ def decided_by(config: RLHFConfig, stage: StageName, inputs: Mapping[str, str], 
     section: dict[str, Any] = getattr(config, stage).model_dump(mode="json")
     if stage == "closed_form":
         section["ppo"] = config.ppo.model_dump(mode="json")
+    if stage in STUDIES_OF_RUNS:
+        # Its arms are runs that differ from this one in some keys, so all that decides a run decides it.
+        whole = config.model_dump(mode="json", exclude=_NOT_OF_ARMS)
+        section |= {"arms": {name: value for name, value in whole.items() if name not in STUDIES}}
     if stage == "ppo":
         section = {name: value for name, value in section.items() if name not in PPO_BOOKKEEPING}
         # The rewards' files count by their content, wherever they lie; their models are inputs.
         section["rewards"] = reward_checks.content_hash(config.ppo.rewards)
+    if stage == "best_of_n":
+        section["rewards"] = reward_checks.content_hash(best_of_n_rewards(config), "best_of_n.rewards")
+    if stage == "collect":
+        section |= _preferences_content(config, run)
     template = config.model.chat_template
     return {
         "version": FINGERPRINT_VERSION,
@@ -250,10 +260,23 @@ def decided_by(config: RLHFConfig, stage: StageName, inputs: Mapping[str, str], 
     }
 
 
+def _preferences_content(config: RLHFConfig, run: RunFolder) -> dict[str, Any]:
+    """What of section `preferences` decides the comparisons."""
+    section = config.preferences
+    content = {
+        "preferences": decisive_content(section),
+        "rewards": reward_checks.content_hash(annotator_rewards(section)),
+        "files": {key: hash_path(Path(path).expanduser()) for key, path in annotator_files(section).items()},
+    }
+    if section.use_rounds == "all" and section.round:
+        content["earlier_labels"] = earlier_labels(store_path(config, run.path), section.round)
+    return content
+
+
 def plan_stage(config: RLHFConfig, run: RunFolder, stage: StageName, data_hash: str) -> StagePlan:
     """Looks at the stage's folder and says what is to be done. The stage's inputs must be there."""
     inputs = resolve_inputs(config, run, stage)
-    decisive = decided_by(config, stage, inputs, data_hash)
+    decisive = decided_by(config, run, stage, inputs, data_hash)
     value = fingerprint(decisive)
     folder = run.stage(stage)
     result = folder.read_result()
@@ -291,6 +314,8 @@ def _reason(folder: StageFolder, plan: StagePlan, result: StageResult | None) ->
 
 def _key_name(path: tuple[str, ...], stage: StageName) -> str:
     """The config's key where there is one, else what the part of a fingerprint is called."""
+    if path[0] == "section" and path[1:2] == ("preferences",):
+        return ".".join(path[1:])
     if path[0] == "section":
         return ".".join((stage, *path[1:]))
     if path[0] == "inputs":

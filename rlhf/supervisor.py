@@ -6,35 +6,44 @@ stages in its own process, and rank 0 alone writes.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
-from pydantic import ValidationError
-
 from rlhf import data, sbatch
-from rlhf.config import RLHFConfig, StageName, config_hash, config_to_yaml
+from rlhf.config import STUDIES_OF_RUNS, RLHFConfig, StageName, config_from_values, config_hash, config_to_yaml
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
+from rlhf.config.preferences import BOOKKEEPING as PREFERENCES_BOOKKEEPING
 from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
 from rlhf.distributed.follower import follow
 from rlhf.distributed.gpus import claimed_gpus
-from rlhf.distributed.launch import launch
+from rlhf.distributed.launch import SUPERVISOR_PID, launch
 from rlhf.distributed.leader import Leader
 from rlhf.distributed.nodes import NodePlace, place_of, remove_left_secrets
 from rlhf.distributed.peers import LaunchResult
 from rlhf.distributed.slurm import adopt_slurm, under_launcher
-from rlhf.errors import EXIT_STOPPED, EXIT_SUCCESS, ConfigError, Stopped, StorageError, UserError, describe_stop
+from rlhf.errors import (
+    EXIT_STOPPED,
+    EXIT_SUCCESS,
+    EXIT_WAITING,
+    ConfigError,
+    Stopped,
+    StorageError,
+    UserError,
+    describe_stop,
+)
 from rlhf.pipeline import StagePlan, begin_stage, default_run_folder, plan_stage, preflight
+from rlhf.preferences.waiting import people_wanted, wait_as_configured, what_to_do
 from rlhf.runs import console, manifest
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.report import write_report
+from rlhf.studies.arms import run_study
 from rlhf.terminal import forgive_all, say, warn
 from rlhf.worker import exit_code_of, explain, leave, note_stop, run_stage
 
@@ -42,6 +51,7 @@ from rlhf.worker import exit_code_of, explain, leave, note_stop, run_stage
 # how many processes, sharded how, and in what portions it is computed: those may change from attempt to attempt.
 _NOT_IDENTITY = (
     *("run", "tracking", "stages", "plan", "launcher", "zero"),
+    *(f"preferences.{key}" for key in PREFERENCES_BOOKKEEPING),
     *(f"distributed.{key}" for key in DistributedConfig.model_fields if key != "precision"),
     *(f"{stage}.{key}" for stage in ("sft", "reward_model") for key in sorted(TRAINING_BOOKKEEPING)),
     *(f"ppo.{key}" for key in sorted(PPO_BOOKKEEPING)),
@@ -58,6 +68,7 @@ def supervise(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
     if config.launcher.type == "slurm":
         return sbatch.write_job(config, _prepare(config).path, command)
     place = place_of(config.distributed, os.environ)
+    _check_study(config, alone=place is None and not under_launcher(os.environ))
     if place is not None:
         return _supervise_node(config, place, command, debug)
     adopt_slurm(os.environ)
@@ -68,10 +79,31 @@ def supervise(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
         return _run(config, run, command, debug)
 
 
-def _run(config: RLHFConfig, run: RunFolder, command: Sequence[str], debug: bool, leader: Leader | None = None) -> int:
+def _check_study(config: RLHFConfig, *, alone: bool) -> None:
+    studies = [stage for stage in config.stages if stage in STUDIES_OF_RUNS]
+    if studies and not alone:
+        raise ConfigError(
+            f"stage {studies[0]} runs whole pipelines one after the other and starts their processes itself, on one "
+            "node: run it by `rlhf run` without torchrun, accelerate, deepspeed or srun and without "
+            "distributed.num_nodes. distributed.num_processes counts the processes of each."
+        )
+
+
+def _run(
+    config: RLHFConfig,
+    run: RunFolder,
+    command: Sequence[str],
+    debug: bool,
+    leader: Leader | None = None,
+    *,
+    show_summary: bool = True,
+) -> int:
     _start_manifest(config, run, command)
     try:
-        return _run_stages(config, run, debug, leader)
+        code = _run_stages(config, run, command, debug, leader)
+        if code == EXIT_SUCCESS:
+            _finish(config, run, show_summary=show_summary)
+        return code
     except (UserError, Stopped) as error:
         with _FAILED_ALREADY:
             manifest.finish_manifest(run, error.exit_code)
@@ -127,7 +159,7 @@ def _start_manifest(config: RLHFConfig, run: RunFolder, command: Sequence[str]) 
     )
 
 
-def _run_stages(config: RLHFConfig, run: RunFolder, debug: bool, leader: Leader | None) -> int:
+def _run_stages(config: RLHFConfig, run: RunFolder, command: Sequence[str], debug: bool, leader: Leader | None) -> int:
     data_hash = data.data_hash(config.data)
     with ExitStack() as held:
         for position, name in enumerate(config.stages, start=1):
@@ -141,21 +173,88 @@ def _run_stages(config: RLHFConfig, run: RunFolder, debug: bool, leader: Leader 
                 _record_finished(run, name)
                 continue
             # From the first stage that has something to do to the last; a second time it finds the choice made.
-            held.enter_context(claimed_gpus(config.distributed, os.environ))
-            code = _run_in_ranks(config, run, plan, position, debug, leader)
+            if name == "collect":
+                code = _run_collect(config, run, plan, position, debug, leader, held)
+            else:
+                held.enter_context(claimed_gpus(config.distributed, os.environ))
+                if name in STUDIES_OF_RUNS:
+                    code = _run_study(config, run, plan, position, command, debug)
+                else:
+                    code = _run_in_ranks(config, run, plan, position, debug, leader)
             if code != EXIT_SUCCESS:
                 with _FAILED_ALREADY:
                     manifest.finish_manifest(run, code)
                 return code
-    _finish(config, run)
     return EXIT_SUCCESS
 
 
-def _finish(config: RLHFConfig, run: RunFolder) -> None:
+def _run_collect(
+    config: RLHFConfig,
+    run: RunFolder,
+    plan: StagePlan,
+    position: int,
+    debug: bool,
+    leader: Leader | None,
+    held: ExitStack,
+) -> int:
+    """Runs stage collect, and again once people have labelled what it asked. Nobody holds a GPU meanwhile.
+
+    `held` has the claims on GPUs. Where it may not wait, or leads other nodes, whose schedulers count the time, it ends
+    with `EXIT_WAITING` and a message.
+    """
+    begun = run.stage(plan.name).read_fingerprint() == plan.fingerprint
+    missing = people_wanted(config, run.path) if begun else None
+    if missing is not None:
+        console.heading(plan.name, position, len(config.stages), "waits for people")
+    while True:
+        if missing is None:
+            held.enter_context(claimed_gpus(config.distributed, os.environ))
+            code = _run_in_ranks(config, run, plan, position, debug, leader)
+            if code != EXIT_WAITING:
+                return code
+            held.close()
+            missing = people_wanted(config, run.path, programs_are_done=True)
+        else:
+            manifest.update_stage(run, plan.name, status="waiting")
+            if not config.preferences.wait or leader is not None:
+                warn(f"rlhf: {what_to_do(config, run.path, missing)}")
+                return EXIT_WAITING
+            manifest.update_manifest(run, status="waiting")
+            # The page ends with this process, however that ends.
+            env = {**os.environ, SUPERVISOR_PID: str(os.getpid())}
+            wait_as_configured(config, run.path, missing, env)
+            manifest.update_manifest(run, status="running")
+            missing = None
+
+
+def _run_study(
+    config: RLHFConfig, run: RunFolder, plan: StagePlan, position: int, command: Sequence[str], debug: bool
+) -> int:
+    """Runs a study's arms, each as a run of its own within this one. Returns the exit code."""
+
+    def run_arm(own: RLHFConfig) -> int:
+        arm = _prepare(own)
+        with arm.lock():
+            return _run(own, arm, command, debug, show_summary=False)
+
+    _begin(config, run, plan, position)
+    started = time.monotonic()
+    code = run_study(config, run, plan.name, plan.inputs["policy"], run_arm)
+    if code == EXIT_SUCCESS:
+        _record_finished(run, plan.name)
+        return code
+    status = "interrupted" if code in EXIT_STOPPED else "failed"
+    with _FAILED_ALREADY:
+        manifest.update_stage(run, plan.name, status=status, seconds=round(time.monotonic() - started, 3))
+    return code
+
+
+def _finish(config: RLHFConfig, run: RunFolder, *, show_summary: bool = True) -> None:
     manifest.finish_manifest(run, EXIT_SUCCESS)
     if "report" in config.stages:
         write_report(run)  # once more, now that the manifest says finished
-    console.print_summary(run)
+    if show_summary:
+        console.print_summary(run)
 
 
 def _write_report(run: RunFolder) -> None:
@@ -198,13 +297,15 @@ def _run_in_ranks(
         return EXIT_SUCCESS
     stopped_by = result.exit_code - 128 if result.exit_code in EXIT_STOPPED else None
     fields: dict[str, Any] = {"status": "failed" if stopped_by is None else "interrupted"}
+    if result.exit_code == EXIT_WAITING:
+        fields["status"] = "waiting"
     note = manifest.read_manifest(run).get("stages", {}).get(plan.name, {}).get("stopped")
     if stopped_by is not None and isinstance(note, dict):
         # Rank 0 wrote it, and whatever ended the run reached the ranks as SIGTERM.
         fields["stopped"] = {**note, "signal": signal.Signals(stopped_by).name}
     with _FAILED_ALREADY:
         manifest.update_stage(run, plan.name, **fields, seconds=round(time.monotonic() - started, 3))
-    for line in _ending(plan.name, result, stopped_by, note):
+    for line in _ending(plan.name, result, stopped_by, note) if result.exit_code != EXIT_WAITING else ():
         warn(f"rlhf: {line}")
     return result.exit_code
 
@@ -268,15 +369,7 @@ def _with_world_size(config: RLHFConfig) -> RLHFConfig:
         )
     dump = config.model_dump(mode="json")
     dump["distributed"] |= {"num_processes": world_size, "num_nodes": 1, "node_rank": None, "rendezvous": None}
-    return _validated(dump)
-
-
-def _validated(dump: Mapping[str, object]) -> RLHFConfig:
-    try:
-        return RLHFConfig.model_validate_json(json.dumps(dump))
-    except ValidationError as error:
-        reasons = "; ".join(str(entry["msg"]).removeprefix("Value error, ") for entry in error.errors())
-        raise ConfigError(f"the launcher started {os.environ['WORLD_SIZE']} processes: {reasons}") from error
+    return config_from_values(dump, f"the launcher started {world_size} processes")
 
 
 def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rlhf.config import RLHFConfig, StageName
 from rlhf.distributed import stopping
-from rlhf.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_SUCCESS, Stopped, UserError
+from rlhf.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_SUCCESS, Stopped, UserError, WaitingForLabels
 from rlhf.runs import manifest
 from rlhf.runs.console import quiet_libraries
 from rlhf.runs.files import storage_error
@@ -29,6 +29,7 @@ STAGE_MODULES: dict[str, str] = {
     "collect": "rlhf.stages.collect",
     "reward_model": "rlhf.stages.reward_model",
     "ppo": "rlhf.stages.ppo.loop",
+    "best_of_n": "rlhf.stages.best_of_n",
     "evaluate": "rlhf.stages.evaluate",
     "closed_form": "rlhf.studies.closed_form",
 }
@@ -68,7 +69,10 @@ def explain(error: BaseException, run: RunFolder | None, debug: bool) -> int:
     error, stopped_by = _of_user(error, run), stopping.requested()
     if debug or not (isinstance(error, UserError) or stopped_by is not None):
         warn("".join(traceback.format_exception(error)).rstrip())
-    if isinstance(error, UserError):
+    if isinstance(error, WaitingForLabels):
+        if os.environ.get("RANK", "0") == "0":
+            warn(f"rlhf: {error}")
+    elif isinstance(error, UserError):
         warn(f"rlhf: error: {error}")
     elif stopped_by is not None:
         warn(f"rlhf: {Stopped(stopped_by)} ({type(error).__name__} while stopping: {error})")
@@ -139,6 +143,8 @@ def main(arguments: list[str]) -> int:
 
         runtime = Runtime.start(config.distributed, config.zero, config.seed)
         run_stage(config, run, name, runtime)  # type: ignore[arg-type]  # checked against STAGES by the supervisor
+    except WaitingForLabels as waiting:
+        return waiting.exit_code  # the supervisor says it, or waits
     except Stopped as stopped:
         note_stop(run, name, stopped)  # type: ignore[arg-type]
         return stopped.exit_code

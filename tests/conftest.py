@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from pathlib import Path
 
 # Before any library is imported: these are read at import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +27,17 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("rlhf", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("rlhf")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where pytest-xdist shares the tests out (`-n 2 --dist loadgroup`), a file of unit tests stays together.
+
+    All tests that start processes are one group, so that never two of them compete for the cores.
+    """
+    unit = Path(__file__).parent / "unit"
+    for item in items:
+        group = item.path.name if item.path.is_relative_to(unit) else "processes"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 import rlhf
 from rlhf.config.errors import Problem, close_names, did_you_mean
 from rlhf.config.interpolation import resolve
-from rlhf.config.overrides import Arguments, apply, parse_arguments
+from rlhf.config.overrides import Arguments, apply, expand_kinds, parse_arguments
 from rlhf.config.provenance import Draft, Origin, display_path, flatten, nearest_origin, read_yaml, render
 from rlhf.config.root import UNEVEN_BATCHES, RLHFConfig
 from rlhf.config.serialize import broken_file, plain_values
@@ -119,6 +119,7 @@ def load_config(
         stem = Path(parsed.choices["experiment"].text or "").stem
         name = re.sub(r"[^\w.-]", "-", stem)
         draft.set(("experiment",), name, Origin(parsed.choices["experiment"].source, "file"))
+    expand_kinds(draft)
     for argument in parsed.values:
         findings.problems.extend(apply(argument, draft, groups))
     findings.problems.extend(resolve(draft))

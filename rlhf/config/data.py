@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from rlhf.config.base import NonNegativeInt, PositiveInt, Probability, Section
 
+RowFormat = Literal[
+    "auto", "prompt_response", "rating", "messages", "preference", "hh", "input_output", "contents", "text"
+]
+
 
 class SplitConfig(Section):
     """Shares of the splits. A prompt's hash decides its split, so equal prompts never straddle; the rest is train."""
@@ -47,9 +51,7 @@ class FileData(_DataSection):
 
     type: Literal["files"] = "files"
     path: str = Field(description="a file, or a folder with train/validation/test files")
-    format: Literal["auto", "prompt_response", "messages", "preference", "hh", "input_output", "contents", "text"] = (
-        Field("auto", description="row format; auto tells it from the keys of the first row")
-    )
+    format: RowFormat = Field("auto", description="row format; auto tells it from the keys of the first row")
     splits: SplitConfig = Field(SplitConfig(), description="used where the folder has no file for a split")
 
 
@@ -60,9 +62,7 @@ class HubData(_DataSection):
     path: str = Field(description="hub id such as Anthropic/hh-rlhf, or a folder written by save_to_disk")
     name: str | None = Field(None, description="configuration of the data set")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    format: Literal["auto", "prompt_response", "messages", "preference", "hh", "input_output", "contents", "text"] = (
-        Field("auto", description="row format; auto tells it from the keys of the first row")
-    )
+    format: RowFormat = Field("auto", description="row format; auto tells it from the keys of the first row")
     splits: SplitConfig = Field(SplitConfig(), description="used where the data set has no such split")
 
 

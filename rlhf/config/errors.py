@@ -12,6 +12,11 @@ from rlhf.errors import ConfigError
 MAX_SHOWN = 100
 MAX_SUGGESTIONS = 6
 MAX_LISTED = 12
+# Keys that configs of other versions have, and what they are called here.
+OTHER_NAMES = {
+    "collect.annotator_temperature": "preferences.annotator.temperature",
+    "collect.num_annotators": "preferences.annotator.num_annotators",
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def suggest_keys(key: str) -> list[str]:
     A right name in the wrong section comes first, then a close name in the right section, then a close dotted key,
     then a close name in any section, then an abbreviation (`lr`, `kl_coef`).
     """
+    if key in OTHER_NAMES:
+        return [OTHER_NAMES[key]]
     path = tuple(key.split("."))
     keys = schema.leaf_keys(path)
     section, _, name = _fold(key).rpartition(".")

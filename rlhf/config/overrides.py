@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf.config import schema
 from rlhf.config.errors import Problem, did_you_mean, listing, shorten, suggest_keys, unknown_key
-from rlhf.config.provenance import Draft, Origin
+from rlhf.config.provenance import DEFAULT, Draft, Origin
 from rlhf.config.values import container_from_text
 
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
@@ -112,10 +112,20 @@ def apply(argument: Argument, draft: Draft, groups: Collection[str]) -> list[Pro
     if entry is None or not (entry.is_section or entry.type.is_mapping):
         draft.set(argument.path, argument.text, Origin(argument.source, "text", argument.text))
         return []
+    if schema.is_name_of_kind(argument.path, argument.text):
+        draft.choose_kind(argument.path, argument.text, Origin(argument.source, "text", argument.text))
+        return []
     value = container_from_text(argument.text)
     if not isinstance(value, dict):
         return [_not_a_section(entry, argument, groups)]
     return _merge(value, argument.path, argument, draft)
+
+
+def expand_kinds(draft: Draft) -> None:
+    """Where a file has the name of a kind in the place of a section (`annotator: human`), its defaults are meant."""
+    for path, value in draft.leaves():
+        if schema.is_name_of_kind(path, value):
+            draft.choose_kind(path, value, draft.origin(path) or Origin(DEFAULT, "file"))
 
 
 def _merge(value: dict[str, Any], path: schema.Path, argument: Argument, draft: Draft) -> list[Problem]:

@@ -61,6 +61,11 @@ class Draft:
         elif path:
             self.set(path, value, nearest_origin(origins, path) or Origin(DEFAULT, "file"))
 
+    def choose_kind(self, path: KeyPath, kind: str, origin: Origin) -> None:
+        """Makes a section one of this `type` with its defaults; what was there goes."""
+        self.remove(path)
+        self.set((*path, "type"), kind, origin)
+
     def get(self, path: KeyPath) -> Any:
         """The value at a path; None when nothing is there."""
         node: Any = self.values

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rlhf.config.base import NonNegativeInt, PositiveInt, Section
+from rlhf.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf.config.chat import ChatModelConfig
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 RewardName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]
@@ -27,7 +29,23 @@ class ModelReward(_Reward):
 
     type: Literal["model"] = "model"
     path: str | None = Field(None, description="folder or hub id of the reward model; null is this run's")
-    normalize: bool = Field(True, description="shift and scale by the statistics stored beside the reward model")
+    normalize: bool = Field(
+        True, description="shift and scale by the statistics stored beside the reward model, of an ensemble each member"
+    )
+    aggregation: Literal["mean", "worst", "mean_minus_variance"] = Field(
+        "mean", description="one score of an ensemble: the members' mean, their least, or mean - lambda x variance"
+    )
+    variance_coefficient: NonNegativeFloat | None = Field(
+        None, description="lambda of mean_minus_variance; null is 0.1"
+    )
+
+    @model_validator(mode="after")
+    def _variance_is_used(self) -> ModelReward:
+        if self.variance_coefficient is not None and self.aggregation != "mean_minus_variance":
+            raise ValueError(
+                f"variance_coefficient belongs to aggregation=mean_minus_variance; aggregation is {self.aggregation}"
+            )
+        return self
 
 
 class FunctionReward(_Reward):
@@ -112,6 +130,50 @@ class ExactAnswerReward(_Reward):
         return self
 
 
+class MathReward(_Reward):
+    """`correct` where the response's answer is mathematically the column's, by math-verify (LaTeX, fractions, sets)."""
+
+    type: Literal["math"] = "math"
+    column: str = Field("answer", description="column with the right answer; a row without one is not scored")
+    correct: FiniteFloat = Field(1.0, description="score of the right answer")
+    wrong: FiniteFloat = Field(0.0, description="score of another answer")
+    unparsable: FiniteFloat = Field(0.0, description="score of a response without an answer, or that takes too long")
+    timeout_seconds: PositiveFloat = Field(
+        2.0, description="CPU seconds that reading and comparing one response may take"
+    )
+    max_characters: PositiveInt = Field(4096, description="characters at the end of a response that are looked at")
+    num_workers: PositiveInt = Field(1, description="comparing processes of each rank")
+
+
+class RemoteReward(_Reward):
+    """Scores that a server of `rlhf serve` gives over HTTP."""
+
+    type: Literal["remote"] = "remote"
+    address: str = Field(description="where the server is, such as http://127.0.0.1:8010")
+    normalize: bool = Field(True, description="shift and scale by the statistics that the server has of its models")
+    token_variable: str | None = Field(None, description="environment variable with the server's token; null: none")
+    timeout_seconds: PositiveFloat = Field(60.0, description="seconds that one request may take")
+    num_retries: NonNegativeInt = Field(5, description="further tries where the server is away or has no room")
+    batch_size: PositiveInt = Field(64, description="responses in one request")
+    concurrency: PositiveInt = Field(4, description="requests of a rank at the same time")
+
+    @model_validator(mode="after")
+    def _address_is_one(self) -> RemoteReward:
+        parts = urlsplit(self.address)
+        # Asking for the port raises `ValueError` for one that is no number.
+        if (
+            parts.port == 0
+            or parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.query
+            or parts.fragment
+        ):
+            raise ValueError(f"address must look like http://HOST:PORT, got {self.address!r}")
+        if parts.username or parts.password:
+            raise ValueError("address must not hold a password: name an environment variable in token_variable")
+        return self
+
+
 class RepetitionReward(_Reward):
     """Minus the share of n-grams that have come before in the same response: in (-1, 0]."""
 
@@ -126,6 +188,28 @@ class GoldReward(_Reward):
     type: Literal["gold"] = "gold"
 
 
+class JudgeReward(_Reward, ChatModelConfig):
+    """A language model's rating of the response, from 1 to `scale`; or how likely it beats the one of a column."""
+
+    type: Literal["judge"] = "judge"
+    logprobs: bool = Field(
+        True, description="the mean rating by the log-probs of the numbers, where the model gives them; false: reasons"
+    )
+    scale: Annotated[int, Field(ge=2, le=100)] = Field(5, description="best rating; log-probs are for up to 9")
+    reference_column: str | None = Field(
+        None, description="column with a response to compare with; a row without one is not scored; null: rate"
+    )
+    both_orders: bool = Field(True, description="compare twice, the sides swapped, and take the mean")
+    unreadable: FiniteFloat | None = Field(
+        None, description="score where the reply says nothing that can be read; null: the response is not scored"
+    )
+    template: str | None = Field(
+        None,
+        description="text file of the question, with {prompt}, {response} and {scale}, or {prompt}, {first} and "
+        "{second} to compare; null: built in",
+    )
+
+
 RewardConfig = Annotated[
     ModelReward
     | FunctionReward
@@ -133,7 +217,10 @@ RewardConfig = Annotated[
     | RegexReward
     | KeywordReward
     | ExactAnswerReward
+    | MathReward
+    | RemoteReward
     | RepetitionReward
+    | JudgeReward
     | GoldReward,
     Field(discriminator="type"),
 ]

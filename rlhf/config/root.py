@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, ValidationInfo, model_validator
 
 from rlhf.config.base import NonNegativeInt, Section
+from rlhf.config.best_of_n import BestOfNConfig
 from rlhf.config.closed_form import ClosedFormConfig
 from rlhf.config.data import DataConfig, EmbeddedData
 from rlhf.config.distributed import DistributedConfig
+from rlhf.config.iterated import IteratedConfig
 from rlhf.config.launcher import LauncherConfig
 from rlhf.config.model import ModelConfig
+from rlhf.config.overoptimisation import NoisyLabelsConfig, OveroptimisationConfig
 from rlhf.config.peft import NoPEFT, PEFTConfig, lora_of
 from rlhf.config.plan import PlanConfig
 from rlhf.config.ppo import PPOConfig
+from rlhf.config.preferences import PreferencesConfig
+from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import RunConfig
-from rlhf.config.stages import CollectConfig, EvaluateConfig, RewardModelConfig, SFTConfig
+from rlhf.config.serve import ServeConfig
+from rlhf.config.stages import CollectConfig, EvaluateConfig, SFTConfig
 from rlhf.config.tracking import TrackingConfig
 from rlhf.config.zero import ZeroConfig
 
-StageName = Literal["sft", "collect", "reward_model", "ppo", "evaluate", "closed_form", "report"]
-STAGES: tuple[StageName, ...] = ("sft", "collect", "reward_model", "ppo", "evaluate", "closed_form", "report")
-# The pipeline. A study such as closed_form stands by itself.
-PIPELINE: tuple[StageName, ...] = tuple(stage for stage in STAGES if stage != "closed_form")
+StageName = Literal[
+    "sft",
+    "collect",
+    "reward_model",
+    "ppo",
+    "best_of_n",
+    "evaluate",
+    "closed_form",
+    "iterated",
+    "overoptimisation",
+    "noisy_labels",
+    "report",
+]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+# What stands by itself. Those of the second kind run whole pipelines as their arms.
+STUDIES_OF_RUNS: tuple[StageName, ...] = ("iterated", "overoptimisation", "noisy_labels")
+STUDIES: tuple[StageName, ...] = ("closed_form", *STUDIES_OF_RUNS)
+# Stages that a run has when its config says so.
+OPTIONAL: tuple[StageName, ...] = ("best_of_n",)
+PIPELINE: tuple[StageName, ...] = tuple(stage for stage in STAGES if stage not in (*STUDIES, *OPTIONAL))
 
 # Key of pydantic's context: a config to plan may have batches that its ranks could not share.
 UNEVEN_BATCHES = "uneven_batches"
@@ -46,10 +68,16 @@ class RLHFConfig(Section):
     run: RunConfig = RunConfig()
     sft: SFTConfig = SFTConfig()
     collect: CollectConfig = CollectConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
     ppo: PPOConfig = PPOConfig()
+    best_of_n: BestOfNConfig = BestOfNConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     closed_form: ClosedFormConfig = ClosedFormConfig()
+    iterated: IteratedConfig = IteratedConfig()
+    overoptimisation: OveroptimisationConfig = OveroptimisationConfig()
+    noisy_labels: NoisyLabelsConfig = NoisyLabelsConfig()
+    serve: ServeConfig = ServeConfig()
     plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")

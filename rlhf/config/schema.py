@@ -12,6 +12,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -85,6 +86,11 @@ class Entry:
     @property
     def is_union(self) -> bool:
         return self.field.discriminator is not None
+
+    @property
+    def takes_name(self) -> bool:
+        """True for a union section for which the name of a kind alone stands, as in `annotator: human`."""
+        return self.is_union and any(isinstance(item, BeforeValidator) for item in self.field.metadata)
 
     @property
     def type(self) -> ValueType:
@@ -163,8 +169,10 @@ def candidates(path: Path) -> tuple[Entry, ...]:
     if mapping is None:
         return entries().get(path, ())
     found = entries().get((*mapping, ANY_NAME, *path[len(mapping) + 1 :]), ())
-    named = path[: len(mapping) + 1]
-    return tuple(replace(entry, path=path, union=named if entry.union is not None else None) for entry in found)
+    # A union at the name or below it lies under that name too; one around the mapping does not.
+    return tuple(
+        replace(entry, path=path, union=None if entry.union is None else path[: len(entry.union)]) for entry in found
+    )
 
 
 def find(path: Path, variant: str | None = None) -> Entry | None:
@@ -216,6 +224,12 @@ def variants_of(path: Path) -> tuple[str, ...]:
     """The `type` names of a union section; empty for another key."""
     entry = find(path)
     return tuple(variant_name(model) for model in entry.models) if entry is not None and entry.is_union else ()
+
+
+def is_name_of_kind(path: Path, value: object) -> bool:
+    """Whether a value in the place of a section is the name of one of its kinds, where that will do."""
+    entry = find(path)
+    return entry is not None and entry.takes_name and value in variants_of(path)
 
 
 def default_variant(path: Path) -> str | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlhf.config.errors import Problem, config_error
-from rlhf.config.provenance import Draft, Origin, YAMLDumper, display_path, read_yaml
+from rlhf.config.provenance import Draft, Origin, YAMLDumper, display_path, flatten, read_yaml
 from rlhf.config.root import RLHFConfig
 from rlhf.config.validation import Findings, validate
 from rlhf.config.values import text_keys
@@ -52,6 +52,19 @@ def config_from_file(path: Path | str) -> RLHFConfig:
     origins = {tuple(str(part) for part in key): Origin(f"{name}:{line}", "file") for key, line in lines.items()}
     draft.merge((), text_keys(values), origins)
     return validate(draft, Findings())
+
+
+def config_from_values(
+    values: Mapping[str, Any], source: str, context: Mapping[str, Any] | None = None
+) -> RLHFConfig:
+    """The config of values as `model_dump(mode="json")` gives them; `source` names who set them in errors.
+
+    `context` is pydantic's. Raises `ConfigError` that names every mistake.
+    """
+    draft = Draft()
+    plain = _plain(values)
+    draft.merge((), plain, {path: Origin(source, "file") for path in flatten(plain)})
+    return validate(draft, Findings(), context)
 
 
 def config_hash(config: RLHFConfig, exclude: Sequence[str] = ()) -> str:

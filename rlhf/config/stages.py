@@ -28,31 +28,13 @@ class SamplingConfig(Section):
 
 
 class CollectConfig(Section):
-    """Preference collection: two responses a prompt from the policy, labelled by a simulated annotator."""
+    """Preference collection: responses sampled from the policy. `preferences` says what is asked about them, of whom."""
 
     policy: str | None = Field(None, description="policy that writes the responses; null is this run's SFT model")
-    num_comparisons: PositiveInt = Field(4000, description="labelled pairs of training prompts")
-    num_validation_comparisons: PositiveInt = Field(200, description="labelled pairs of validation prompts")
-    num_test_comparisons: PositiveInt = Field(500, description="pairs of test prompts, labelled without noise")
-    annotator_temperature: PositiveFloat = Field(
-        0.5, description="Bradley-Terry noise: P(a over b) = sigmoid((gold(a) - gold(b)) / temperature)"
-    )
-    num_annotators: PositiveInt = Field(3, description="simulated annotators, each with its own noise")
+    num_comparisons: PositiveInt = Field(4000, description="tasks about training prompts")
+    num_validation_comparisons: PositiveInt = Field(200, description="tasks about validation prompts")
+    num_test_comparisons: PositiveInt = Field(500, description="tasks about test prompts")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how the responses are sampled")
-
-
-class RewardModelConfig(TrainingConfig):
-    """Reward model: pairwise logistic loss on comparisons (Bradley-Terry)."""
-
-    base: str | None = Field(
-        None, description="folder or hub id to start from; null is this run's SFT model, else `model`"
-    )
-    comparisons: str | None = Field(
-        None, description="folder of comparisons; null takes this run's collection, else the data's own"
-    )
-    center_coefficient: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="weight of the squared sum of a pair's scores, which keeps scores near zero"
-    )
 
 
 class GoldJudge(Section):

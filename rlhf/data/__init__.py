@@ -7,6 +7,7 @@ from rlhf.data.sources import (
     load_comparisons,
     load_demonstrations,
     load_prompts,
+    load_ratings,
     preflight,
     training_texts,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "load_demonstrations",
     "load_labelled_texts",
     "load_prompts",
+    "load_ratings",
     "preflight",
     "training_texts",
 ]

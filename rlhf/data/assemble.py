@@ -12,10 +12,15 @@ from rlhf.data.formats import FORMATS, RowError, as_kind, detect_format
 from rlhf.data.readers import Row
 from rlhf.data.splits import SPLITS, BadRow, Origin, SplitName, Splits, is_empty, refuse_or_skip, split_key, split_of
 from rlhf.errors import ConfigError, DataError
-from rlhf.records import Comparison, Demonstration, Prompt, Record, RecordT
+from rlhf.records import Comparison, Demonstration, Prompt, RatedResponse, Record, RecordT
 
 RowsBySplit = Mapping[SplitName | None, Iterable[Row | BadRow]]
-KIND_NAMES: dict[type[Record], str] = {Prompt: "prompts", Demonstration: "demonstrations", Comparison: "comparisons"}
+KIND_NAMES: dict[type[Record], str] = {
+    Prompt: "prompts",
+    Demonstration: "demonstrations",
+    Comparison: "comparisons",
+    RatedResponse: "rated responses",
+}
 ROWS_SNIFFED = 20
 
 

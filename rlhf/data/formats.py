@@ -6,14 +6,16 @@ Name and fields of a row; what a row gives:
   `output` or `answer`; a demonstration, or a prompt when no response field is there.
 - `messages`: `messages`, a list of `role` and `content`, or `conversations`, a list of `from` and `value`; a
   demonstration, or a prompt when the last turn is the user's.
-- `preference`: `chosen`, `rejected`, and `prompt` unless they share it: texts, or lists of messages; a comparison.
+- `preference`: `chosen`, `rejected`, and `prompt` unless they share it: texts, or lists of messages; a comparison,
+  with what `comparison_columns` finds beside them.
 - `hh`: `chosen`, `rejected`: transcripts of "\\n\\nHuman: ...\\n\\nAssistant: ..."; a comparison.
 - `input_output`: `input_text` with `output_text` (a demonstration), with `candidate_0`, `candidate_1` and `choice`, the
   index of the better one (a comparison), or alone (a prompt).
 - `contents`: `contents`, a list of `role` (user, model) and `parts` of `text`, and `systemInstruction`; as `messages`.
 - `text`: `text`; a demonstration with an empty prompt.
 
-A comparison also serves as the demonstration of its chosen response, and both serve as their prompt (`as_kind`).
+A comparison also serves as the demonstration of its chosen response, a rated response as that of its response, and all
+serve as their prompt (`as_kind`).
 Texts are taken as they are: a response that should be separated from its prompt by white space starts with it. A
 conversation becomes messages and meets the model through its chat template. An HH transcript stays plain text, as in
 the literature on it: the prompt goes up to and includes the last "\\n\\nAssistant:", the response is the rest.
@@ -28,28 +30,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.data.comparison_columns import comparison_columns
 from rlhf.data.readers import json_type
+from rlhf.data.turns import RowError as RowError
+from rlhf.data.turns import messages_of as messages_of
+from rlhf.data.turns import role_of, text_of_parts, without_empty_system
 from rlhf.errors import ConfigError
-from rlhf.records import Comparison, Demonstration, Message, Prompt, PromptContent, Record, RecordT, Role, prompt_key
+from rlhf.records import (
+    Comparison,
+    Demonstration,
+    Message,
+    Prompt,
+    PromptContent,
+    RatedResponse,
+    Record,
+    RecordT,
+    prompt_key,
+)
 
 Fields = Mapping[str, Any]
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-ROLE_NAMES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
 PROMPT_FIELDS = ("prompt", "instruction", "question", "input")
 RESPONSE_FIELDS = ("response", "completion", "output", "answer")
-
-
-class RowError(ValueError):
-    """A row that does not fit its format."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def as_kind(record: Record, kind: type[RecordT], fields: Fields, prompt_fields: 
         return record
     if kind is Demonstration and isinstance(record, Comparison):
         return kind(record.prompt, record.chosen)
+    if kind is Demonstration and isinstance(record, RatedResponse):
+        return kind(record.prompt, record.response)
     return None
 
 
@@ -111,6 +115,33 @@ def parse_prompt_response(row: Fields) -> Record:
         answer = messages_of(row[response_name], response_name)
         return Demonstration(*_last_turn((*_as_messages(prompt), *answer), response_name))
     return Demonstration(prompt, _text(row, response_name))
+
+
+def parse_rating(row: Fields) -> Record:
+    """A prompt, a response and its rating, higher is better. A row without a rating is a demonstration."""
+    record = parse_prompt_response(row)
+    if not isinstance(record, Demonstration) or row.get("rating") in (None, ""):
+        return record
+    rating = _rating(row)
+    if rating is None:
+        raise RowError(f"field 'rating' is a number, found {row['rating']!r}")
+    named = {name: row[name] for name in ("annotator", "source") if isinstance(row.get(name), str) and row[name]}
+    return RatedResponse(record.prompt, record.response, rating, **named)
+
+
+def _rating(row: Fields) -> float | None:
+    """A finite number, which may be written as text."""
+    try:
+        number = float(row["rating"])
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _is_rated(row: Fields) -> bool:
+    """Of rows that call something else than a number a rating, only the response counts."""
+    named = _present(row, PROMPT_FIELDS) and _present(row, RESPONSE_FIELDS)
+    return bool(named) and row.get("rating") is not None and _rating(row) is not None
 
 
 def parse_messages(row: Fields) -> Record:
@@ -166,12 +197,14 @@ def parse_contents(row: Fields) -> Record:
     messages = []
     system = row.get("systemInstruction", row.get("system_instruction"))
     if system is not None:
-        messages.append(Message("system", system if isinstance(system, str) else _parts(system, "systemInstruction")))
+        messages.append(
+            Message("system", system if isinstance(system, str) else text_of_parts(system, "systemInstruction"))
+        )
     for turn in row["contents"]:
         if not isinstance(turn, dict):
             raise RowError(f"a turn of 'contents' is an object with role and parts, found {json_type(turn)}")
-        messages.append(Message(_role(turn.get("role", "user"), "contents"), _parts(turn, "contents")))
-    return _conversation_record(_without_empty_system(messages, "contents"), "contents")
+        messages.append(Message(role_of(turn.get("role", "user"), "contents"), text_of_parts(turn, "contents")))
+    return _conversation_record(without_empty_system(messages, "contents"), "contents")
 
 
 def parse_text(row: Fields) -> Record:
@@ -226,6 +259,13 @@ FORMATS: dict[str, Format] = {
         ("input_text",),
         _ALL,
     ),
+    "rating": Format(
+        "prompt and response as in prompt_response, and rating, a number",
+        _is_rated,
+        parse_rating,
+        PROMPT_FIELDS,
+        (RatedResponse, Demonstration, Prompt),
+    ),
     "prompt_response": Format(
         "prompt, instruction (+ input), question or input; response, completion, output or answer",
         lambda row: any(name in row for name in PROMPT_FIELDS[:-1]) or ("input" in row and "output" in row),
@@ -238,19 +278,6 @@ FORMATS: dict[str, Format] = {
 
 
 # --- shared pieces ----------------------------------------------------------------------------------------------------
-
-
-def messages_of(value: Any, name: str) -> tuple[Message, ...]:
-    """A list of turns as messages. Turns are `role`/`content` or `from`/`value`; empty system turns are dropped."""
-    if not isinstance(value, list):
-        raise RowError(f"field '{name}' is a list of messages, found {json_type(value)}")
-    messages = []
-    for turn in value:
-        if not isinstance(turn, dict):
-            raise RowError(f"a message of '{name}' is an object with role and content, found {json_type(turn)}")
-        role = _role(turn["role"] if "role" in turn else turn.get("from"), name)
-        messages.append(Message(role, _content(turn["content"] if "content" in turn else turn.get("value"), name)))
-    return _without_empty_system(messages, name)
 
 
 def split_shared_start(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -287,40 +314,6 @@ def _text(row: Fields, name: str) -> str:
 
 def _prompt(row: Fields, name: str) -> PromptContent:
     return messages_of(row[name], name) if isinstance(row[name], list) else _text(row, name)
-
-
-def _role(value: Any, name: str) -> Role:
-    role = ROLE_NAMES.get(value.lower()) if isinstance(value, str) else None
-    if role is None:
-        raise RowError(f"'{name}' has a turn with role {value!r}; expected system, user or assistant")
-    return role
-
-
-def _content(value: Any, name: str) -> str:
-    """Text, or a list of parts of type text."""
-    if isinstance(value, list):
-        return _parts({"parts": value}, name)
-    if not isinstance(value, str):
-        raise RowError(f"a message of '{name}' has text as its content, found {json_type(value)}")
-    return value
-
-
-def _parts(turn: Any, name: str) -> str:
-    parts = turn.get("parts") if isinstance(turn, dict) else None
-    if not isinstance(parts, list):
-        raise RowError(f"a turn of '{name}' has a list of parts, found {json_type(parts)}")
-    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
-    kept = [text for text in texts if isinstance(text, str)]
-    if len(kept) != len(texts):
-        raise RowError(f"'{name}' has a part that is not text; only text is supported")
-    return "\n".join(kept)
-
-
-def _without_empty_system(messages: list[Message], name: str) -> tuple[Message, ...]:
-    kept = tuple(message for message in messages if message.role != "system" or message.content.strip())
-    if any(not message.content.strip() for message in kept):
-        raise RowError(f"'{name}' has an empty turn")
-    return kept
 
 
 def _as_messages(prompt: PromptContent) -> tuple[Message, ...]:
@@ -388,13 +381,7 @@ def _split_transcript(text: str, name: str) -> tuple[str, str]:
 def _comparison(prompt: PromptContent, chosen: str, rejected: str, row: Fields) -> Comparison:
     if chosen == rejected:
         raise RowError("chosen and rejected are the same")
-    margin = row.get("margin")
-    if margin is None or margin == "":
-        return Comparison(prompt, chosen, rejected)
     try:
-        number = float(margin)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RowError(f"field 'margin' is a number, found {margin!r}")
-    return Comparison(prompt, chosen, rejected, number)
+        return Comparison(prompt, chosen, rejected, **comparison_columns(row))
+    except ValueError as error:
+        raise RowError(str(error)) from error

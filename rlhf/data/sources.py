@@ -13,7 +13,7 @@ from rlhf.data.files import check_files, check_labelled_files, hash_files, load_
 from rlhf.data.hub import check_hub, hash_hub, load_hub
 from rlhf.data.splits import Splits
 from rlhf.errors import ConfigError
-from rlhf.records import Comparison, Demonstration, Prompt, PromptContent
+from rlhf.records import Comparison, Demonstration, Prompt, PromptContent, RatedResponse
 
 # Raised when the same files and config would give other records than before, so that finished stages run again.
 LOADER_VERSION = 1
@@ -69,6 +69,22 @@ def load_comparisons(config: DataConfig) -> Splits[Comparison]:
             return load_hub(config, Comparison)
         case LabelledTextData():
             return labelled_text.load_comparisons(config)
+        case _:
+            assert_never(config)
+
+
+def load_ratings(config: DataConfig) -> Splits[RatedResponse]:
+    """The data's own rated responses by split. Errors as in `load_prompts`."""
+    match config:
+        case FileData():
+            return load_files(config, RatedResponse)
+        case HubData():
+            return load_hub(config, RatedResponse)
+        case EmbeddedData() | LabelledTextData():
+            raise ConfigError(
+                f"data.type={config.type} has no rated responses: reward_model.loss.type=rating needs rows of prompt, "
+                "response and rating (data=files or data=hub), or a folder of them in reward_model.ratings"
+            )
         case _:
             assert_never(config)
 

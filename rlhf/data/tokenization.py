@@ -24,12 +24,12 @@ from rlhf.config.data import DataConfig
 from rlhf.data.splits import SPLITS, BadRow, Origin, SplitName, Splits, is_empty, refuse_or_skip
 from rlhf.data.templates import BUILT_IN
 from rlhf.errors import ArtifactError, ConfigError, DataError
-from rlhf.records import Comparison, Demonstration, Message, Prompt, PromptContent, prompt_to_json
+from rlhf.records import Comparison, Demonstration, Message, Prompt, PromptContent, RatedResponse, prompt_to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T", Prompt, Demonstration, Comparison)
+T = TypeVar("T", Prompt, Demonstration, Comparison, RatedResponse)
 PROBE = "a"
 # Tried in turn until one does not merge with the text behind it: a line break before words, a letter before breaks.
 ANCHORS = ("\n", PROBE)
@@ -84,7 +84,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent, respo
     prompt_ids = encode_prompt(tokenizer, prompt)
     text = response if isinstance(prompt, str) else _rendered_response(tokenizer, prompt, response)
     begins = has_encoder_prompts(tokenizer) or (isinstance(prompt, str) and is_empty(prompt))
-    ids = _encode(tokenizer, text) if begins else _encode_continuation(tokenizer, text)
+    ids = _encode(tokenizer, text) if begins else encode_continuation(tokenizer, text)
     return EncodedPair(prompt_ids, _ending_with_eos(tokenizer, ids))
 
 
@@ -142,11 +142,13 @@ def fit_lengths(splits: Splits[T], tokenizer: PreTrainedTokenizerBase, config: D
 
 
 def unusable(
-    record: Prompt | Demonstration | Comparison, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    record: Prompt | Demonstration | Comparison | RatedResponse,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
 ) -> str | None:
     """Why this tokenizer and these lengths cannot use a record; None when they can."""
     responses: tuple[str, ...] = ()
-    if isinstance(record, Demonstration):
+    if isinstance(record, Demonstration | RatedResponse):
         responses = (record.response,)
     elif isinstance(record, Comparison):
         responses = (record.chosen, record.rejected)
@@ -197,7 +199,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text that continues another one."""
     if _traits(tokenizer).adds_space:
         for anchor in ANCHORS:

@@ -25,7 +25,7 @@ from rlhf.data.hub_access import use_cache_if_hub_is_silent
 from rlhf.data.templates import chat_template
 from rlhf.data.tokenization import use_encoder_prompts
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.models.paths import base_of, check_model_path, has_tokenizer, is_adapter, is_local
+from rlhf.models.paths import base_of, check_model_path, has_tokenizer, is_adapter, is_local, single_model
 from rlhf.models.seq2seq import check_encoder_decoder
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def load_tokenizer(
     """
     path = str(path)
     check_model_path(path, key)
+    path = single_model(path, key)
     if is_adapter(path) and not has_tokenizer(Path(path).expanduser()):
         path = base_of(path, key)
     with load_errors(path, key), quiet():
@@ -165,8 +166,9 @@ def attention_arguments(config: ModelConfig | None, model_config: PreTrainedConf
 
 
 def load_config(path: str, config: ModelConfig | None, key: str) -> PreTrainedConfig:
-    """The model's own config, after the checks of `check_model_path`."""
+    """The model's own config, after the checks of `check_model_path`; an ensemble's is that of its first member."""
     check_model_path(path, key)
+    path = single_model(path, key)
     with load_errors(path, key), quiet():
         loaded: PreTrainedConfig = AutoConfig.from_pretrained(path, **hub_arguments(path, config))
     return loaded

@@ -19,6 +19,8 @@ _TOKENIZERS = (
 )
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# Beside it lie the folders of an ensemble's members, each a model folder by itself.
+ENSEMBLE_FILE = "rlhf_ensemble.json"
 _SAVE_TOKENIZER = 'AutoTokenizer.from_pretrained("the model it belongs to").save_pretrained("{folder}")'
 
 
@@ -50,6 +52,10 @@ def check_model_path(path: str, key: str) -> None:
         raise ConfigError(_missing_folder_message(folder, key))
     if not folder.is_dir():
         raise ConfigError(f"{key}: {folder.absolute()} is a file; expected a model folder in Hugging Face format")
+    if is_ensemble(folder):
+        for member in member_folders(folder, key):
+            check_model_path(member, key)
+        return
     if is_adapter(folder):
         _check_adapter(folder, key)
         return
@@ -65,6 +71,32 @@ def check_model_path(path: str, key: str) -> None:
 def is_adapter(path: str | Path) -> bool:
     """Whether `path` is a folder with an adapter in PEFT's format, which needs a base model."""
     return (Path(path).expanduser() / _ADAPTER_CONFIG).is_file()
+
+
+def is_ensemble(path: str | Path) -> bool:
+    """Whether `path` is a folder with several reward models that belong together."""
+    return (Path(path).expanduser() / ENSEMBLE_FILE).is_file()
+
+
+def member_folders(path: str | Path, key: str = "model.path") -> list[str]:
+    """The folders of the members of the ensemble in `path`, in order. Raises `ArtifactError` for a broken list."""
+    folder = Path(path).expanduser()
+    place = (folder / ENSEMBLE_FILE).absolute()
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+        members = [str(folder / name) for name in content["members"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{key}: {place} is not the list of an ensemble's members ({error}); save it again"
+        ) from error
+    if len(members) < 2:
+        raise ArtifactError(f"{key}: {place} names {len(members)} members; an ensemble has two or more. Save it again")
+    return members
+
+
+def single_model(path: str, key: str = "model.path") -> str:
+    """`path` itself, or the first member's folder of an ensemble: what stands for it where one model is needed."""
+    return member_folders(path, key)[0] if is_ensemble(path) else path
 
 
 def base_of(path: str | Path, key: str = "model.path") -> str:

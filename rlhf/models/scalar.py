@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from rlhf.models.loading import (
     quiet,
     train_every_embedding,
 )
-from rlhf.models.paths import is_adapter
+from rlhf.models.paths import check_model_path, is_adapter, single_model
 from rlhf.models.saving import save_model
 from rlhf.models.seq2seq import (
     check_encoder_decoder,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 # The modules above the backbone of causal classifiers and of T5's.
-_HEADS = ("score.", "classification_head.")
+HEADS = ("score.", "classification_head.")
 
 
 class ScalarModel(nn.Module):
@@ -141,7 +141,7 @@ class ScalarModel(nn.Module):
                 model = _from_model(source, dtype)
             else:
                 model, missing = load_classifier(str(source), config, dtype, key)
-                check_no_missing_weights([name for name in missing if not name.startswith(_HEADS)], str(source), key)
+                check_no_missing_weights([name for name in missing if not name.startswith(HEADS)], str(source), key)
         scalar = cls(model)
         scalar.reset_head(seed=seed, zero=zero_head)
         scalar.eval()
@@ -173,11 +173,12 @@ class ScalarModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         key: str = "ppo.reward_model",
     ) -> Self:
-        """A saved scalar model, an adapter merged into its base.
+        """A saved scalar model, an adapter merged into its base; of an ensemble its first member.
 
         Raises `ArtifactError` when the folder holds no head, or one with several labels.
         """
-        path = str(path)
+        check_model_path(str(path), key)
+        path = single_model(str(path), key)
         if is_adapter(path):
             from rlhf.models.adapters import load_merged_scorer
 
@@ -275,8 +276,16 @@ def response_scores(model: ScalarModel, input_ids: Tensor, attention_mask: Tenso
     return sequence_scores(model(input_ids, attention_mask), attention_mask)
 
 
+class ReadsPairs(Protocol):
+    """A model that tells whether it reads prompt and response apart."""
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether it does."""
+
+
 def pad_pairs(
-    model: ScalarModel, pairs: Sequence[tuple[list[int], list[int]]], pad_id: int
+    model: ReadsPairs, pairs: Sequence[tuple[list[int], list[int]]], pad_id: int
 ) -> tuple[Tensor, Tensor, int | None]:
     """Pairs of prompt ids and response ids as `response_scores` takes them behind `model`: ids, mask, `num_prompt`."""
     if not model.encoder_decoder:

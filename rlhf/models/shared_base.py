@@ -34,7 +34,7 @@ from rlhf.models.adapters import (
     write_adapter,
 )
 from rlhf.models.loading import disable_dropout, load_policy
-from rlhf.models.paths import is_local
+from rlhf.models.paths import is_local, single_model
 from rlhf.models.saving import save_tokenizer
 from rlhf.models.scalar import sequence_scores
 from rlhf.ops.sequences import position_ids
@@ -157,6 +157,7 @@ class SharedBase(nn.Module):
                 _inject(model, "reference", reference, key, wanted, trained=own_reference, head=head)
             if with_value:
                 source = value_model or (reward_model if value_init == "reward_model" else None)
+                source = None if source is None else single_model(source, "ppo.value_model")
                 adapters["value"] = "value"
                 heads["value"] = _inject_value(model, source, base, of_value)
             if reward_model is not None and is_adapter(reward_model) and _is_on(reward_model, base, "ppo.reward_model"):

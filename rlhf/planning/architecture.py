@@ -17,7 +17,7 @@ from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.adapter_shape import new_settings
 from rlhf.models.adapters import inject_adapter
 from rlhf.models.loading import hub_arguments, load_errors, quiet
-from rlhf.models.paths import base_of, is_adapter, is_local
+from rlhf.models.paths import base_of, is_adapter, is_local, single_model
 from rlhf.models.scratch import scratch_model_config
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def read_architecture(path: str, model: ModelConfig, key: str) -> Architecture:
 
     Raises `ConfigError` for a folder without one, for an unknown model and for one that cannot be planned.
     """
+    path = single_model(path, key)
     source = base_of(path, key) if is_adapter(path) else path
     if is_local(source):
         folder = Path(source).expanduser()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import ValidationError
 
-from rlhf.config import RLHFConfig
+from rlhf.config import RLHFConfig, config_from_values
 from rlhf.config.peft import TRAINING_STAGES, uses_lora
 from rlhf.config.root import UNEVEN_BATCHES, uneven_batches
 from rlhf.errors import ConfigError
@@ -223,19 +221,19 @@ def _try(stage: TrainedStage, config: RLHFConfig, overrides: tuple[str, ...], kn
         batches = tuple(f"{name}.batch_size={size}" for name, size in uneven_batches(wanted).items())
         wanted = _with(wanted, batches)
         peak = stage_peak(stage, wanted, find_sources(wanted, known=known), setting_of(wanted))
-    except (ValidationError, ConfigError):
+    except ConfigError:
         return None
     return _Tried(wanted, (*overrides, *batches), peak)
 
 
 def _with(config: RLHFConfig, overrides: tuple[str, ...]) -> RLHFConfig:
-    """The config with other values, checked as a whole. Raises pydantic's `ValidationError`."""
+    """The config with other values, checked as a whole. Raises `ConfigError`."""
     values = config.model_dump()
     for override in overrides:
         key, _, text = override.partition("=")
         section, _, name = key.partition(".")
         values[section][name] = yaml.safe_load(text)
-    return RLHFConfig.model_validate_json(json.dumps(values), context={UNEVEN_BATCHES: True})
+    return config_from_values(values, ", ".join(overrides), context={UNEVEN_BATCHES: True})
 
 
 Propose = Callable[[TrainedStage, RLHFConfig, Setting], tuple[str, ...] | None]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlhf.config import RLHFConfig
 from rlhf.config.peft import uses_lora
 from rlhf.config.rewards import ModelReward, effective_rewards
-from rlhf.models.paths import is_adapter
+from rlhf.models.paths import is_adapter, is_ensemble, member_folders, single_model
 from rlhf.planning.architecture import Architecture, read_architecture, scratch_architecture
 
 
@@ -24,7 +25,8 @@ class Source:
 class Sources:
     """The models of all stages. `rewards` are the reward models that PPO loads, each once; `critic` is None on a trunk.
 
-    `same_reference`: the reference is where the policy starts.
+    An ensemble of whole models is as many of `rewards` as it has members. `same_reference`: the reference is where the policy
+    starts.
     """
 
     base: Source
@@ -60,13 +62,26 @@ def find_sources(config: RLHFConfig, inputs: Mapping[str, str] | None = None, kn
     if section.value_network == "separate":
         start = own_reward if section.value_init == "reward_model" else policy
         critic = reader.at(given.get("value_model") or section.value_model, "ppo.value_model", otherwise=start)
+    own_path = given.get("reward_model") or section.reward_model
     rewards: dict[str | None, Source] = {}
     for name, reward in effective_rewards(dict(section.rewards)).items():
         if isinstance(reward, ModelReward):
             rewards[reward.path] = reader.at(reward.path, f"ppo.rewards.{name}.path", otherwise=own_reward)
     named = (given.get("policy") or section.policy, given.get("reference") or section.reference)
     same = named[1] is None or named[0] == named[1]
-    return Sources(base, reward_base, policy, reference, same, critic, tuple(rewards.values()))
+    scorers = tuple(
+        source for path, source in rewards.items() for _ in range(_num_whole(path or own_path, source, config))
+    )
+    return Sources(base, reward_base, policy, reference, same, critic, scorers)
+
+
+def _num_whole(path: str | None, source: Source, config: RLHFConfig) -> int:
+    """How many whole models a reward is; an ensemble of adapters has one base. No `path`: what this run will train."""
+    if source.adapter:
+        return 1
+    if path is None or not Path(path).expanduser().exists():
+        return config.reward_model.num_members if path is None else 1
+    return len(member_folders(path)) if is_ensemble(path) else 1
 
 
 class _Reader:
@@ -83,4 +98,4 @@ class _Reader:
             model = self._config.model
             known = scratch_architecture(model) if path is None else read_architecture(path, model, key)
             self._known[path] = known
-        return Source(self._known[path], path is not None and is_adapter(path))
+        return Source(self._known[path], path is not None and is_adapter(single_model(path)))

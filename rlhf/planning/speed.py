@@ -80,12 +80,14 @@ def stage_work(stage: TrainedStage, config: RLHFConfig, sources: Sources, settin
     section = config.sft if stage == "sft" else config.reward_model
     architecture = (sources.base if stage == "sft" else sources.reward_base).architecture
     lengths = lengths_of(config, stage, architecture)
-    rows = section.batch_size * (1 if stage == "sft" else 2)
+    rows = section.batch_size * (1 if stage == "sft" else config.reward_model.loss.num_responses)
     tokens = rows * lengths.whole
     flops = _passes(stage, config) * forward_flops(
         architecture, rows, lengths, head_tokens=tokens if stage == "sft" else 0
     )
-    return Work(tokens, flops, _seconds(flops, config, setting), None, section.max_steps)
+    members = 1 if stage == "sft" else config.reward_model.num_members
+    steps = None if section.max_steps is None else members * section.max_steps
+    return Work(tokens, flops, _seconds(flops, config, setting), None, steps)
 
 
 def _passes(stage: TrainedStage, config: RLHFConfig) -> int:

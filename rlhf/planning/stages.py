@@ -32,8 +32,6 @@ from rlhf.planning.sources import Source, Sources
 TrainedStage = Literal["sft", "reward_model", "ppo"]
 # Bytes a token of the vocabulary while one is drawn: float32 logits, their exponentials, a float64 running sum.
 _DRAWING = 16
-# Pairs of texts go through a reward model side by side.
-_SIDES = 2
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def _reward_model(config: RLHFConfig, sources: Sources, setting: Setting) -> lis
     micro, accumulation = rows_of_training(section, setting)
     module = _scalar_module(architecture, lora, frozen_width=4)
     activations = count_activations(architecture, _shape(config, architecture, lengths, setting), lora)
-    one = Pass(activations, _SIDES * micro, architecture.num_layers, module.trainable)
+    one = Pass(activations, section.loss.num_responses * micro, architecture.num_layers, module.trainable)
     return _trained_by_trainer(
         section, sources.reward_base, architecture.scalar_total, module, one, accumulation, setting
     )

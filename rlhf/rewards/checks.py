@@ -15,11 +15,16 @@ from rlhf.config.rewards import (
     ExactAnswerReward,
     FunctionReward,
     GoldReward,
+    JudgeReward,
+    MathReward,
     ModelReward,
+    RemoteReward,
     RewardConfig,
     effective_rewards,
 )
 from rlhf.errors import ConfigError
+from rlhf.rewards.judge_checks import check_judge, judge_values
+from rlhf.rewards.remote_client import ask_info
 
 RewardConfigs = Mapping[str, RewardConfig]
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
@@ -31,15 +36,22 @@ def reward_files(rewards: RewardConfigs) -> list[Path]:
     return list(dict.fromkeys(_path(config) for config in configs))
 
 
-def content_hash(rewards: RewardConfigs) -> str:
+def content_hash(rewards: RewardConfigs, section: str = "ppo.rewards") -> str:
     """SHA-256 of everything about the rewards that decides scores, their models' content aside.
 
     The configs with their names, and the content of the functions' files in place of where they lie. For a stage's
-    fingerprint; the models of `reward_model_paths` are inputs of the stage, hashed as such.
+    fingerprint; the models of `reward_model_paths` are inputs of the stage, hashed as such. The server of a remote
+    reward is asked what it serves; raises `ConfigError` that names the key in `section` when it does not say.
     """
     body = []
     for name, config in effective_rewards(dict(rewards)).items():
-        values = config.model_dump(mode="json", exclude={"path", "file"})
+        values = config.model_dump(mode="json", exclude={"path", "file", "num_workers"})
+        if isinstance(config, RemoteReward):
+            # Where the server is, and how it is asked, decides nothing; what it serves does.
+            served = ask_info(config, f"{section}.{name}").hash
+            values = {"type": "remote", "weight": config.weight, "normalize": config.normalize, "served": served}
+        if isinstance(config, JudgeReward):
+            values = judge_values(config, f"{section}.{name}")
         content = hashlib.sha256(_path(config).read_bytes()).hexdigest() if isinstance(config, FunctionReward) else None
         body.append([name, values, content])
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -60,37 +72,54 @@ def reward_model_paths(rewards: RewardConfigs) -> dict[str, str]:
     }
 
 
-def preflight(rewards: RewardConfigs, data: DataConfig) -> None:
-    """Checks what needs neither torch nor the data: files, functions, and rewards that only some data can have.
+def preflight(rewards: RewardConfigs, data: DataConfig | None, section: str = "ppo.rewards") -> None:
+    """Checks what needs neither torch nor the data: files, functions, servers, rewards that only some data can have.
 
-    Raises `ConfigError`. What a function returns, and whether its columns are there, is seen when it is called.
+    `data` is None for a server, whose clients send prompts and columns. Raises `ConfigError` that names the key in
+    `section`. What a function returns, and whether its columns are there, is seen when it is called.
     """
     for name, config in rewards.items():
-        key = f"ppo.rewards.{name}"
+        key = f"{section}.{name}"
         if isinstance(config, FunctionReward):
             _check_function(config, key, data)
+        elif isinstance(config, JudgeReward):
+            check_judge(config, key)
+            if config.reference_column is not None and data is not None and not _may_have_columns(data):
+                raise ConfigError(
+                    f"{key}.reference_column={config.reference_column}: data.type={data.type} has no columns; a "
+                    "reference needs data=files or data=hub with a response in a column, or null to rate without one"
+                )
+        elif isinstance(config, RemoteReward):
+            ask_info(config, key)
+        elif data is None:
+            continue
         elif isinstance(config, GoldReward) and data.type != "embedded":
             raise ConfigError(
                 f"{key}.type=gold needs data=embedded, whose gold reward it is; data.type is {data.type}. Remove the "
                 f"reward (~{key}), or take another type."
             )
-        elif isinstance(config, ExactAnswerReward) and not _may_have_columns(data):
+        elif isinstance(config, ExactAnswerReward | MathReward) and not _may_have_columns(data):
             raise ConfigError(
-                f"{key}.column={config.column}: data.type={data.type} has no columns; an exact_answer reward needs "
-                "data=files or data=hub with the right answer in a column"
+                f"{key}.column={config.column}: data.type={data.type} has no columns; a reward of type {config.type} "
+                "needs data=files or data=hub with the right answer in a column"
             )
 
 
-def check_columns(rewards: RewardConfigs, columns: Collection[str]) -> None:
+def check_columns(rewards: RewardConfigs, columns: Collection[str], section: str = "ppo.rewards") -> None:
     """Checks that the data has the columns that the rewards ask for; `columns` are the names it has.
 
-    Raises `ConfigError` that names the first one that is missing and lists those there are.
+    Raises `ConfigError` that names the first one that is missing, by its key in `section`, and lists those there are.
     """
     for name, config in rewards.items():
-        if isinstance(config, ExactAnswerReward):
-            key, wanted = f"ppo.rewards.{name}.column={config.column}", [config.column]
+        if isinstance(config, ExactAnswerReward | MathReward):
+            key, wanted = f"{section}.{name}.column={config.column}", [config.column]
+        elif isinstance(config, JudgeReward) and config.reference_column is not None:
+            key, wanted = f"{section}.{name}.reference_column={config.reference_column}", [config.reference_column]
         elif isinstance(config, FunctionReward):
-            key, wanted = f"ppo.rewards.{name}.function={config.function}", _needed_columns(config)
+            key, wanted = f"{section}.{name}.function={config.function}", _needed_columns(config)
+        elif isinstance(config, RemoteReward):
+            key = f"{section}.{name}.address={config.address}"
+            wanted = list(ask_info(config, f"{section}.{name}").columns or ())
         else:
             continue
         missing = [column for column in wanted if column not in columns]
@@ -103,47 +132,61 @@ def _path(config: FunctionReward) -> Path:
     return Path(os.path.expanduser(config.file)).absolute()
 
 
-def _check_function(config: FunctionReward, key: str, data: DataConfig) -> None:
-    path = _path(config)
-    if not path.is_file():
-        raise ConfigError(f"{key}.file={config.file}: there is no such file (looked for {path})")
-    if path.suffix != ".py":
-        raise ConfigError(f"{key}.file={config.file}: expected a Python file, whose name ends in .py")
-    try:
-        tree = ast.parse(path.read_bytes(), str(path))
-    except (SyntaxError, ValueError) as error:
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise ConfigError(f"{key}.file={config.file}{line}: is not valid Python: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{key}.file={config.file}: cannot be read: {error.strerror}") from error
-    names = _names(tree)
-    if config.function not in names and "*" not in names:
-        listed = ", ".join(names) or "no function"
-        raise ConfigError(
-            f"{key}.function={config.function}: {config.file} does not define it; it defines {listed}. Set "
-            f"{key}.function to the one that is meant."
-        )
+def _check_function(config: FunctionReward, key: str, data: DataConfig | None) -> None:
+    tree = check_python_file(config.file, config.function, key)
     function = _definition(tree, config.function)
     if function is not None:
         _check_signature(function, config, key, data)
 
 
-def _check_signature(function: FunctionNode, config: FunctionReward, key: str, data: DataConfig) -> None:
+def check_python_file(file: str, function: str, key: str) -> ast.Module:
+    """The syntax tree of a file that defines `function`; `key` is that of the section with `file` and `function`.
+
+    Raises `ConfigError` when it does not, or is no Python file.
+    """
+    path = Path(os.path.expanduser(file)).absolute()
+    if not path.is_file():
+        raise ConfigError(f"{key}.file={file}: there is no such file (looked for {path})")
+    if path.suffix != ".py":
+        raise ConfigError(f"{key}.file={file}: expected a Python file, whose name ends in .py")
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise ConfigError(f"{key}.file={file}{line}: is not valid Python: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{key}.file={file}: cannot be read: {error.strerror}") from error
+    names = _names(tree)
+    if function not in names and "*" not in names:
+        listed = ", ".join(names) or "no function"
+        raise ConfigError(
+            f"{key}.function={function}: {file} does not define it; it defines {listed}. Set "
+            f"{key}.function to the one that is meant."
+        )
+    return tree
+
+
+def _check_signature(function: FunctionNode, config: FunctionReward, key: str, data: DataConfig | None) -> None:
+    taken = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    if data is None and "completion_ids" in taken:
+        raise ConfigError(
+            f"{key}.function={config.function} asks for completion_ids: a server is given texts, and tokens are the "
+            "policy's. Leave the argument out."
+        )
     if function.args.posonlyargs:
         raise ConfigError(
             f"{key}.function={config.function}: its argument {function.args.posonlyargs[0].arg} is positional-only "
             "(before a `/`); it is called with names, such as prompts=... and completions=..."
         )
     if function.args.kwarg is None:
-        named = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
-        unknown = [name for name in config.arguments if name not in named]
+        unknown = [name for name in config.arguments if name not in taken]
         if unknown:
             raise ConfigError(
                 f"{key}.arguments.{unknown[0]}: the function {config.function} takes no argument of that name; it "
-                f"takes {', '.join(sorted(named)) or 'none'}"
+                f"takes {', '.join(sorted(taken)) or 'none'}"
             )
     columns = _needed_columns(config)
-    if columns and not _may_have_columns(data):
+    if columns and data is not None and not _may_have_columns(data):
         raise ConfigError(
             f"{key}.function={config.function} asks for {columns[0]}; it gets {', '.join(FUNCTION_INPUTS)}, and "
             f"data.type={data.type} has no further columns. Give it a default value, or set {key}.arguments."

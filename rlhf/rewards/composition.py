@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import ConfigError
-from rlhf.rewards.protocol import Reward, RewardBatch, RewardError, shown, shown_prompt
+from rlhf.rewards.protocol import DetailedReward, Reward, RewardBatch, RewardError, shown, shown_prompt
 
 MIN_STD = 1e-6
 STATISTICS_FILE = "rlhf_reward.json"
@@ -55,11 +55,13 @@ class ScoredResponses:
 
     `total` (B,) is the sum of what each reward contributes. `parts` are the raw scores (B,) by the reward's name,
     before normalisation and weight; `contributions` those after both. Both hold NaN where a reward does not apply.
+    `details` (B,) are further numbers of a reward, under its name and theirs: `<reward>_spread`.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     contributions: dict[str, Tensor] = field(default_factory=dict)
+    details: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,19 +97,22 @@ class RewardSet:
         return {entry.name: entry.weight for entry in self.rewards}
 
     @torch.no_grad()
-    def score(self, batch: RewardBatch) -> ScoredResponses:
+    def score(self, batch: RewardBatch, *, must_apply: bool = True) -> ScoredResponses:
         """Scores every response with every reward.
 
         What does not apply to a response is left out of its sum. Raises `RewardError` for scores of another shape, for
-        one that is not finite, and for a response to which no reward with a weight applies.
+        one that is not finite and, with `must_apply`, for a response to which no reward with a weight applies.
         """
         device = batch.input_ids.device
         total = torch.zeros(len(batch), dtype=torch.float32, device=device)
         applied = torch.zeros(len(batch), dtype=torch.bool, device=device)
         parts: dict[str, Tensor] = {}
         contributions: dict[str, Tensor] = {}
+        details: dict[str, Tensor] = {}
         for entry in self.rewards:
-            raw = _checked(entry, batch).to(device=device, dtype=torch.float32)
+            scores, more = _scored(entry, batch)
+            raw = scores.to(device=device, dtype=torch.float32)
+            details |= {f"{entry.name}_{detail}": values.to(device) for detail, values in more.items()}
             normalized = raw if entry.statistics is None else entry.statistics.normalize(raw)
             contribution = entry.weight * normalized
             applies = ~raw.isnan()
@@ -115,13 +120,13 @@ class RewardSet:
             if entry.weight:
                 applied |= applies
             parts[entry.name], contributions[entry.name] = raw, contribution
-        for row in (~applied).nonzero().flatten().tolist():
+        for row in (~applied).nonzero().flatten().tolist() if must_apply else ():
             raise RewardError(
                 f"none of the rewards {', '.join(self.names)} applies to the response {shown(batch.responses[row])} to "
                 f"the prompt {shown_prompt(batch.prompts[row])}: it has no score. Add a reward that always applies, or "
                 "return a number instead of None."
             )
-        return ScoredResponses(total, parts, contributions)
+        return ScoredResponses(total, parts, contributions, details)
 
 
 def part_means(parts: Mapping[str, Tensor]) -> dict[str, float]:
@@ -140,11 +145,17 @@ def concatenate(pieces: Sequence[ScoredResponses]) -> ScoredResponses:
         torch.cat([piece.total for piece in pieces]),
         {name: torch.cat([piece.parts[name] for piece in pieces]) for name in pieces[0].parts},
         {name: torch.cat([piece.contributions[name] for piece in pieces]) for name in pieces[0].contributions},
+        {name: torch.cat([piece.details[name] for piece in pieces]) for name in pieces[0].details},
     )
 
 
-def _checked(entry: WeightedReward, batch: RewardBatch) -> Tensor:
-    scores = entry.reward.score(batch)
+def _scored(entry: WeightedReward, batch: RewardBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores (B,), and what else the reward says. Raises `RewardError` for scores that cannot be trained on."""
+    details: dict[str, Tensor] = {}
+    if isinstance(entry.reward, DetailedReward):
+        scores, details = entry.reward.score_in_detail(batch)
+    else:
+        scores = entry.reward.score(batch)
     if scores.shape != (len(batch),):
         raise RewardError(
             f"reward {entry.name} gave scores of shape {tuple(scores.shape)} for {len(batch)} responses; expected one "
@@ -156,4 +167,4 @@ def _checked(entry: WeightedReward, batch: RewardBatch) -> Tensor:
             f"reward {entry.name} gave {float(scores[row])} for the response {shown(batch.responses[row])} to the "
             f"prompt {shown_prompt(batch.prompts[row])}; a score must be a finite number"
         )
-    return scores
+    return scores, details

@@ -155,13 +155,13 @@ def _as_float(value: Any) -> float:
         return math.inf
 
 
-def load_function(config: FunctionReward, name: str) -> FunctionScorer:
-    """The function of a file. `name` is the reward's, for errors.
+def load_function(config: FunctionReward, name: str, section: str = "ppo.rewards") -> FunctionScorer:
+    """The function of a file. `name` is the reward's, below the config key `section`, for errors.
 
     The file is run as a module of its own: it may import installed packages, and nothing beside it. Raises
     `ConfigError` when it cannot be run or does not define the function.
     """
-    key = f"ppo.rewards.{name}"
+    key = f"{section}.{name}"
     path = Path(os.path.expanduser(config.file)).resolve()
     module_name = _MODULE_PREFIX + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     specification = importlib.util.spec_from_file_location(module_name, path)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from rlhf.data.tokenization import encode_pair, has_encoder_prompts
 from rlhf.models.loading import disable_dropout, load_tokenizer
+from rlhf.models.paths import is_ensemble
 from rlhf.models.scalar import ScalarModel, pad_pairs, response_scores
 from rlhf.records import PromptContent
 from rlhf.rewards.composition import STATISTICS_FILE as STATISTICS_FILE
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf.config.model import ModelConfig
+    from rlhf.models.ensemble import ScalarEnsemble
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class LearnedReward:
     one's weights available; on several ranks all of them then score equally often.
     """
 
-    model: ScalarModel
+    model: ScalarModel | ScalarEnsemble
     tokenizer: PreTrainedTokenizerBase
     statistics: ScoreStatistics | None
     device: torch.device
@@ -49,15 +55,25 @@ class LearnedReward:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        policy_tokenizer: PreTrainedTokenizerBase,
+        policy_tokenizer: PreTrainedTokenizerBase | None,
         key: str = "ppo.reward_model",
     ) -> LearnedReward:
-        """Loads a reward model folder (or hub id) for scoring a policy's responses; `key` names it in errors."""
+        """Loads a reward model folder (or hub id) for scoring a policy's responses; `key` names it in errors.
+
+        The folder of an ensemble gives an `EnsembleReward`.
+        """
+        if is_ensemble(path):
+            from rlhf.rewards.ensemble import EnsembleReward
+
+            return EnsembleReward.of_folder(
+                path, config, dtype=dtype, device=device, policy_tokenizer=policy_tokenizer, key=key
+            )
         model = ScalarModel.load(path, config, dtype=dtype, key=key).to(device).eval()
         model.requires_grad_(False)
         disable_dropout(model)
         tokenizer = load_tokenizer(path, config, key=key)
-        return cls(model, tokenizer, ScoreStatistics.read(path), device, same_token_ids(policy_tokenizer, tokenizer))
+        same_tokens = policy_tokenizer is not None and same_token_ids(policy_tokenizer, tokenizer)
+        return cls(model, tokenizer, ScoreStatistics.read(path), device, same_tokens)
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Raw scores (B,): of the sampled tokens where they mean the same to this model, else of the text."""
@@ -71,26 +87,43 @@ class LearnedReward:
 
         `num_prompt` says where the responses begin; an encoder-decoder reward model needs it.
         """
-        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
-        # What stands in a masked slot is the policy's padding, which need not be an id of this model.
-        input_ids = torch.where(attention_mask, input_ids, torch.zeros_like(input_ids))
+        input_ids, attention_mask = self._own_tokens(input_ids, attention_mask)
         with self.ready():
-            return response_scores(self.model, input_ids, attention_mask, num_prompt)
+            return self._scores(input_ids, attention_mask, num_prompt)
+
+    def _own_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask on this model's device, without what stands in a masked slot: padding of the policy's."""
+        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
+        return torch.where(attention_mask, input_ids, torch.zeros_like(input_ids)), attention_mask
+
+    def _scores(self, input_ids: Tensor, attention_mask: Tensor, num_prompt: int | None) -> Tensor:
+        assert isinstance(self.model, ScalarModel)
+        return response_scores(self.model, input_ids, attention_mask, num_prompt)
 
     def score_texts(
         self, prompts: Sequence[PromptContent], responses: Sequence[str], *, batch_size: int
     ) -> list[float]:
         """Raw scores of responses as text: tokenised by this model's tokenizer and ended with EOS, cut or not."""
         scores: list[float] = []
-        pad_id = int(self.tokenizer.pad_token_id)
-        for start in range(0, len(prompts), batch_size):
-            rows = []
-            for prompt, response in zip(
-                prompts[start : start + batch_size], responses[start : start + batch_size], strict=True
-            ):
-                rows.append(encode_pair(self.tokenizer, prompt, response))
-            scores += self.score_tokens(*pad_pairs(self.model, rows, pad_id)).tolist()
+        for tokens in self._encoded(prompts, responses, batch_size):
+            scores += self.score_tokens(*tokens).tolist()
         return scores
+
+    def member_scores(
+        self, prompts: Sequence[PromptContent], responses: Sequence[str], *, batch_size: int = 64
+    ) -> Floats:
+        """Raw scores (M, N) of N responses as text: of one reward model M is 1, of an ensemble see there."""
+        return np.array([self.score_texts(prompts, responses, batch_size=batch_size)], dtype=np.float64)
+
+    def _encoded(
+        self, prompts: Sequence[PromptContent], responses: Sequence[str], batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor, int | None]]:
+        """Batches of texts as `score_tokens` takes them."""
+        pad_id = int(self.tokenizer.pad_token_id)
+        texts = list(zip(prompts, responses, strict=True))
+        for start in range(0, len(texts), batch_size):
+            rows = [encode_pair(self.tokenizer, *text) for text in texts[start : start + batch_size]]
+            yield pad_pairs(self.model, rows, pad_id)
 
 
 def same_token_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -66,6 +66,14 @@ class Reward(Protocol):
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Raw scores (B,), float32, on any device; NaN where the reward does not apply. Raises `RewardError`."""
+
+
+@runtime_checkable
+class DetailedReward(Protocol):
+    """A reward that has more to say about a response than its score."""
+
+    def score_in_detail(self, batch: RewardBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scores (B,) as `Reward.score` gives them, and further numbers (B,) by name, which are logged."""
 
 
 def columns_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

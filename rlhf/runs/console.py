@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rlhf.runs import results
+from rlhf.runs.exhibits import Exhibits
 from rlhf.runs.folder import RunFolder
 from rlhf.terminal import forgiving, say
 
@@ -208,6 +209,7 @@ def summary_table(run: RunFolder) -> RenderableType:
             parts.append(_evaluation_table(row.summary))
         if row.name == "closed_form" and row.summary:
             parts.append(_gap_table(row.summary))
+        parts += _exhibits(run, row.name)
     if run.report.is_file():
         parts.append(Text(f"Report: {run.report.resolve()}", no_wrap=True, overflow="ignore"))
     return Group(*parts)
@@ -243,6 +245,31 @@ def _gap_table(summary: Mapping[str, Any]) -> RenderableType:
         gaps = {row.beta: row.gap for row in rows if row.algorithm == algorithm}
         table.add_row(Text(algorithm), *(Text(f"{gaps[beta]:.4f}" if beta in gaps else "") for beta in betas))
     return table
+
+
+def _exhibits(run: RunFolder, stage: str) -> list[RenderableType]:
+    """A study's tables and remarks, and where its figures lie."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    folder = run.stage(stage).path
+    exhibits = Exhibits.read(folder)
+    if exhibits is None:
+        return []
+    parts: list[RenderableType] = []
+    for table in exhibits.tables:
+        if table.details:
+            continue
+        shown = Table(box=box.SIMPLE, title=table.title, title_justify="left", title_style="bold", caption=table.note)
+        for index, column in enumerate(table.columns):
+            shown.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        for row in table.rows:
+            shown.add_row(*(Text(results.format_cell(cell)) for cell in row))
+        parts.append(shown)
+    parts += [Text(f"- {remark}") for remark in exhibits.remarks]
+    figures = (str((folder / f"{figure.name}.svg").resolve()) for figure in exhibits.figures)
+    return parts + [Text(f"Figure: {path}", no_wrap=True, overflow="ignore") for path in figures]
 
 
 def _key_results(row: results.StageRow) -> str:

@@ -95,7 +95,7 @@ class StageFolder:
 
     def keep_aside(self, aside: Path) -> bool:
         """Moves the folder to `aside`, in the place of what is there; False when there is no work in it to keep."""
-        if not self.result.exists() and not any(self.checkpoints.glob("checkpoint-*")):
+        if not self.result.exists() and not any(self.checkpoints.rglob("checkpoint-*")):
             return False
         with files.disk_errors(aside):
             aside.parent.mkdir(exist_ok=True)

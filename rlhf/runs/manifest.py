@@ -20,14 +20,14 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from rlhf.errors import EXIT_STOPPED, EXIT_SUCCESS, Stopped
+from rlhf.errors import EXIT_STOPPED, EXIT_SUCCESS, EXIT_WAITING, Stopped
 from rlhf.runs import files, machine
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.jsonable import read_json
 
 SCHEMA = "manifest/1"
-StageStatus = Literal["pending", "running", "finished", "failed", "interrupted", "skipped"]
-RunStatus = Literal["running", "finished", "failed", "interrupted", "killed"]
+StageStatus = Literal["pending", "running", "waiting", "finished", "failed", "interrupted", "skipped"]
+RunStatus = Literal["running", "waiting", "finished", "failed", "interrupted", "killed"]
 _STAGE_STATUSES = get_args(StageStatus)
 
 
@@ -122,6 +122,8 @@ def finish_manifest(run: RunFolder, exit_status: int) -> dict[str, Any]:
         outcome = "finished"
     elif exit_status in EXIT_STOPPED:
         outcome = "interrupted"
+    elif exit_status == EXIT_WAITING:
+        outcome = "waiting"
     with _changing(run) as manifest:
         now = _now()
         attempts = manifest.get("attempts", [])
@@ -138,7 +140,7 @@ def finish_manifest(run: RunFolder, exit_status: int) -> dict[str, Any]:
         )
         for entry in manifest.get("stages", {}).values():
             if entry.get("status") == "running":
-                entry["status"] = "interrupted" if outcome == "interrupted" else "failed"
+                entry["status"] = outcome if outcome in ("interrupted", "waiting") else "failed"
     return manifest
 
 

@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rlhf.runs import exhibits, results
 from rlhf.runs import report_sections as sections
-from rlhf.runs import results
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.jsonable import dump_json, read_lines
@@ -85,8 +85,13 @@ def _results(run: RunFolder, config: Mapping[str, Any]) -> str:
     fold = f"<h3>Before and after{size}</h3>{table}" if table else ""
     study = run.stage("closed_form").read_result()
     gaps = sections.gap_table(results.gap_rows(study.summary)) if study else ""
-    headline = "" if gaps and not rows else sections.headline(rows)
-    return f'<section id="results"><h2>Results</h2>{headline}{fold}{gaps}</section>'
+    shown = "".join(
+        exhibits.to_html(found)
+        for folder in sorted(run.stages.glob(f"*/{exhibits.EXHIBITS_FILE}"))
+        if (found := exhibits.Exhibits.read(folder.parent)) is not None
+    )
+    headline = "" if (gaps or shown) and not rows else sections.headline(rows)
+    return f'<section id="results"><h2>Results</h2>{headline}{fold}{gaps}{shown}</section>'
 
 
 def _curves(run: RunFolder) -> str:

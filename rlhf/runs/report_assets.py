@@ -45,6 +45,8 @@ svg .note{fill:var(--text)}
 .dot.s0,.hit.s0{fill:var(--s0)}.dot.s1,.hit.s1{fill:var(--s1)}.dot.s2,.hit.s2{fill:var(--s2)}
 .hit{opacity:0}.hit:hover{opacity:1}
 .interval{width:100%;min-width:170px;max-width:300px}.interval text{font-size:9.5px}
+.study{overflow-x:auto;margin:0 0 12px}.study svg{min-width:640px;max-width:100%}.study .band{opacity:.18;stroke:none}
+.study .title,.study .panel{fill:var(--text);font-weight:600}
 .tablebox{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{padding:8px 14px;text-align:left;vertical-align:middle;border-top:1px solid var(--rule)}

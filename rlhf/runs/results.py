@@ -159,6 +159,11 @@ def format_estimate(value: Estimate | None) -> str:
     return f"{format_number(value.value)} [{format_number(value.low)}, {format_number(value.high)}]"
 
 
+def format_cell(cell: Any) -> str:
+    """A cell of a study's table: an estimate, a number or a text."""
+    return cell if isinstance(cell, str) else format_estimate(estimate(cell))
+
+
 def format_seconds(seconds: float | None) -> str:
     """`4.2 s`, `1:05`, `2:03:10`."""
     if seconds is None or not math.isfinite(seconds):

@@ -1,52 +1,144 @@
-"""Stage reward_model: a scalar model trained on comparisons by TRL's `RewardTrainer`, or by ours for T5 and the like.
+"""Stage reward_model: scalar models trained on comparisons or ratings, alone or as the members of an ensemble.
 
-The loss is that of Bradley and Terry: -log sigmoid(score(chosen) - score(rejected)), the mean over the batch. What the
-stage reports is measured on the saved model as PPO will load it: scores are read at the last real token, by the mask.
+TRL's `RewardTrainer` trains the plain loss of Bradley and Terry, -log sigmoid(score(chosen) - score(rejected)), ours
+(`reward_trainer`) every other one. What the stage reports is measured on the saved model as PPO will load it: scores
+are read at the last real token, by the mask.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import TaskType
 
-from rlhf import statistics
 from rlhf.config.peft import lora_of
-from rlhf.data import load_comparisons
-from rlhf.data.splits import Splits
-from rlhf.data.tokenization import EncodedPair, encode_pair, fit_lengths
-from rlhf.distributed.frozen import equal_batches, on_device
+from rlhf.data import load_comparisons, load_ratings
+from rlhf.data.splits import BadRows, Splits
+from rlhf.data.tokenization import encode_pair, fit_lengths
 from rlhf.models.adapters import add_adapter, backbone_of
 from rlhf.models.loading import check_vocabulary, load_tokenizer
 from rlhf.models.positions import check_positions
-from rlhf.models.scalar import ScalarModel, ensure_distinct_pad, pad_pairs, response_scores
-from rlhf.records import Comparison, read_records
+from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
+from rlhf.records import Comparison, RatedResponse, RecordT, read_records, to_json
 from rlhf.rewards.learned import STATISTICS_FILE
-from rlhf.runs.files import write_json
+from rlhf.runs.files import write_json, write_text
+from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, StageOutput, partial_folder, publish, save_partial
-from rlhf.stages.seq2seq_training import ComparisonCollator, reward_rows
-from rlhf.stages.trl_adapter import Training, open_tracker, plan_schedule
-from rlhf.stages.trl_checkpoints import find_checkpoint
+from rlhf.stages.reward_measures import (
+    HeldOut,
+    Measured,
+    Normalizer,
+    Pair,
+    PairScores,
+    ScoredComparison,
+    accuracy_summary,
+    measure,
+    scored_comparisons,
+)
+from rlhf.stages.reward_measures import encode_all as encode_all
+from rlhf.stages.reward_measures import score_sequences as score_sequences
+from rlhf.stages.reward_members import (
+    Member,
+    MemberTracker,
+    finished_folder,
+    members_of,
+    publish_ensemble,
+    read_member,
+    write_member,
+)
+from rlhf.stages.reward_objectives import (
+    TrainingSet,
+    bootstrap_order,
+    comparison_set,
+    encoded_rows,
+    rated_pairs,
+    rating_set,
+)
+from rlhf.stages.reward_trainer import ExampleCollator, ObjectiveTrainer
+from rlhf.stages.seq2seq_training import ComparisonCollator, ComparisonTrainer, reward_rows
+from rlhf.stages.trl_adapter import Schedule, Training, open_tracker, plan_schedule
+from rlhf.stages.trl_checkpoints import Checkpoint, find_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Pair = tuple[EncodedPair, EncodedPair]
+# All held-out comparisons with their raw scores by every member, one a line: to look at, no stage reads it.
+HELD_OUT_SCORES = "held_out_scores.jsonl"
+Rows = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What the stage trains and measures on; `rows` are the tokenised examples."""
+
+    training: TrainingSet
+    rows: Rows
+    held_out: HeldOut
+    bad_rows: BadRows
+    num_validation: int
+    num_test: int
+
+
+@dataclass(frozen=True)
+class _New:
+    """A model before its first step, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder_decoder: bool
 
 
 def run(context: StageContext) -> StageOutput:
-    """Trains, measures accuracy on held-out comparisons and publishes `model/` with its score statistics."""
-    config, section = context.config, context.config.reward_model
-    base = context.inputs["base"]
-    # 1. The model: the base's transformer under a new head that the seed decides, and a pad token that is not EOS,
-    #    since transformers finds the last token of a row by it.
-    lora, key = lora_of(config, "reward_model"), "reward_model.base"
+    """Trains the members, measures them on what was held out and publishes `model/` with the scores' statistics."""
+    section, members = context.config.reward_model, members_of(context)
+    # 1. The first model, whose tokenizer is that of all, and the examples as PPO will see prompts and responses.
+    new: list[_New] = [_new_model(members[0].context)]
+    tokenizer = new[0].tokenizer
+    data = _load_data(context, tokenizer, encoder_decoder=new[0].encoder_decoder)
+    check_positions(new[0].model, _longest(data))
+    schedule = plan_schedule(
+        section,
+        name="reward_model",
+        num_examples=len(data.training.examples),
+        world_size=context.runtime.world_size,
+    )
+    normalizer = Normalizer(context, tokenizer)
+    # 2. Train, each member from its newest whole checkpoint if there is one, and publish.
+    if len(members) == 1:
+        summary, scored = _train_alone(members[0], data, schedule, normalizer, new)
+    else:
+        summary, scored = _train_ensemble(context, members, data, schedule, normalizer, new)
+    # 3. The scores of what was held out, for whoever looks closer.
+    if context.runtime.is_main:
+        _write_scores(context.stage.path / HELD_OUT_SCORES, scored)
+    context.runtime.barrier()
+    counts = {
+        "num_steps": schedule.num_steps,
+        "num_train": len(data.training.examples),
+        "num_validation": data.num_validation,
+        "num_test": data.num_test,
+        "num_rows_left_out": len(data.bad_rows),
+        **{name: count for name, count in data.training.counts.items() if count},
+    }
+    return StageOutput(summary={**summary, **counts}, outputs=["model"])
+
+
+def _new_model(context: StageContext) -> _New:
+    """The base's transformer under a new head that the seed decides, and a pad token that is not EOS.
+
+    transformers finds the last token of a row by it.
+    """
+    config, base, key = context.config, context.inputs["base"], "reward_model.base"
+    lora = lora_of(config, "reward_model")
     backbone = base if lora is None else backbone_of(base, key)
     scalar = ScalarModel.from_policy(backbone, seed=config.seed, config=config.model, key=key)
     model: PreTrainedModel = scalar.model
-    tokenizer = load_tokenizer(base, config.model, "reward_model.base")
+    tokenizer = load_tokenizer(base, config.model, key)
     check_vocabulary(model, tokenizer, base)
     tokenizer = ensure_distinct_pad(tokenizer, model)
     if not scalar.encoder_decoder:
@@ -54,53 +146,165 @@ def run(context: StageContext) -> StageOutput:
     if lora is not None:
         revision = config.model.revision if base == config.model.path else None
         model = add_adapter(model, base, lora, task=TaskType.SEQ_CLS, seed=config.seed, key=key, revision=revision)
-    # 2. The comparisons as token ids, exactly as PPO will see a prompt and its response.
-    splits = comparisons_of(context, tokenizer)
-    train, validation, test = (encode_all(tokenizer, split) for split in (splits.train, splits.validation, splits.test))
-    texts = [text for pair in train + validation + test for text in pair]
-    check_positions(model, max((len(text.prompt_ids) + len(text.response_ids) for text in texts), default=0))
-    schedule = plan_schedule(
-        section, name="reward_model", num_examples=len(train), world_size=context.runtime.world_size
-    )
-    # 3. Train, from the newest whole checkpoint if there is one.
+    return _New(model, tokenizer, scalar.encoder_decoder)
+
+
+def _keep_logits_in_float32(model: PreTrainedModel) -> None:
+    """DeepSpeed turns the model into bf16 and the loss with it, where scores above 1 differ by 0.8 % at the least."""
+    head: Any = model.score
+    head.register_forward_hook(lambda module, arguments, output: output.float())
+
+
+def _train_alone(
+    member: Member, data: _Data, schedule: Schedule, normalizer: Normalizer, new: list[_New]
+) -> tuple[dict[str, Any], dict[str, list[ScoredComparison]]]:
+    """One model in `model/`."""
+    context = member.context
     checkpoint, notes = find_checkpoint(context)
-    notes += [str(splits.bad_rows)] if splits.bad_rows else []
+    notes += [str(data.bad_rows)] if data.bad_rows else []
     with open_tracker(context, schedule, checkpoint, notes) as tracker:
-        training = Training(
-            "reward_model",
-            context,
-            section,
-            schedule,
-            tracker,
-            model=model,
-            tokenizer=tokenizer,
-            rows=reward_rows(train) if scalar.encoder_decoder else training_rows(train),
-            collator=ComparisonCollator(model) if scalar.encoder_decoder else None,
-        )
-        training.run(checkpoint)
-        weights = training.weights()
-        if context.runtime.is_main:
-            save_partial(context, "model", model, tokenizer, weights)
-        context.runtime.barrier()
-        training.close()
-        # 4. Measure what was saved, then publish it together with the statistics of its scores.
-        temporary = partial_folder(context, "model")
-        summary, score_statistics = _measure(
-            context, temporary, {"validation": validation, "test": test, "train": train}
-        )
-        if context.runtime.is_main:
-            write_json(temporary / STATISTICS_FILE, score_statistics)
-        publish(context, "model")
-        numbers = {name: value["value"] if isinstance(value, dict) else value for name, value in summary.items()}
-        training.log_last_step({f"reward_model/{_metric_name(name)}": value for name, value in numbers.items()})
-    counts = {
-        "num_steps": schedule.num_steps,
-        "num_train": len(train),
-        "num_validation": len(validation),
-        "num_test": len(test),
-        "num_rows_left_out": len(splits.bad_rows),
+        training, measured = _train(member, data, schedule, normalizer, new, tracker, checkpoint)
+        publish(context, member.folder)
+        training.log_last_step(_metrics(measured.summary))
+    scored = {
+        split: [
+            ScoredComparison(record, (chosen,), (rejected,))
+            for record, (chosen, rejected) in zip(_records(data, split), scores, strict=True)
+        ]
+        for split, scores in measured.scores.items()
     }
-    return StageOutput(summary={**summary, "loss": training.last_loss, **counts}, outputs=["model"])
+    return {**measured.summary, "loss": training.last_loss}, scored
+
+
+def _train_ensemble(
+    context: StageContext,
+    members: Sequence[Member],
+    data: _Data,
+    schedule: Schedule,
+    normalizer: Normalizer,
+    new: list[_New],
+) -> tuple[dict[str, Any], dict[str, list[ScoredComparison]]]:
+    """The members one after the other, those that an earlier start has finished left out, and `model/` with all."""
+    steps = schedule.num_steps
+    folders = [finished_folder(context, member) for member in members]
+    first = next((number for number, folder in enumerate(folders) if folder is None), len(members))
+    checkpoint, notes = find_checkpoint(members[first].context) if first < len(members) else (None, [])
+    notes += [f"{first} of {len(members)} members are finished"] if first else []
+    notes += [str(data.bad_rows)] if data.bad_rows else []
+    # A member's last line is always written anew, as that of a single model.
+    done = first * steps + (0 if checkpoint is None else min(checkpoint.step, steps - 1))
+    body = context.config.model_dump(mode="json")
+    with Tracker.open(
+        context.run,
+        context.config.tracking,
+        context.stage.name,
+        len(members) * steps,
+        done,
+        body,
+        context.runtime.is_main,
+    ) as tracker:
+        for note in notes:
+            tracker.message(note)
+        for member in members[first:]:
+            own = MemberTracker(tracker, member.number * steps)
+            start = checkpoint if member.number == first else None
+            training, measured = _train(member, data, schedule, normalizer, new, own, start)
+            training.log_last_step(_metrics(measured.summary))
+            if context.runtime.is_main:
+                summary = {**measured.summary, "loss": training.last_loss}
+                write_member(partial_folder(context, member.folder), member.seed, summary)
+            folders[member.number] = publish(context, member.folder)
+    whole = [folder for folder in folders if folder is not None]
+    by_member = [read_member(folder) for folder in whole]
+    model = publish_ensemble(context, whole)
+    scored = {split: scored_comparisons(context, model, _records(data, split)) for split in ("test", "validation")}
+    return _ensemble_summary(data, by_member, scored), scored
+
+
+def _train(
+    member: Member,
+    data: _Data,
+    schedule: Schedule,
+    normalizer: Normalizer,
+    new: list[_New],
+    tracker: Tracker,
+    checkpoint: Checkpoint | None,
+) -> tuple[Training, Measured]:
+    """Trains one model, saves it under its unfinished name and measures what was saved.
+
+    `new` holds the model of the first member to train; the others are made when it is their turn.
+    """
+    context, section = member.context, member.context.config.reward_model
+    start = new.pop() if new and member.number == 0 else _new_model(context)
+    new.clear()
+    rows = data.rows
+    if section.bootstrap:
+        order = bootstrap_order(schedule.num_examples, member.seed)
+        rows = {name: [column[number] for number in order] for name, column in rows.items()}
+    training = Training(
+        "reward_model",
+        context,
+        section,
+        schedule,
+        tracker,
+        model=start.model,
+        tokenizer=start.tokenizer,
+        rows=rows,
+        **_trainer_of(start, data.training, context),
+    )
+    training.run(checkpoint)
+    weights = training.weights()
+    if context.runtime.is_main:
+        save_partial(context, member.folder, start.model, start.tokenizer, weights)
+    context.runtime.barrier()
+    training.close()
+    temporary = partial_folder(context, member.folder)
+    measured = measure(context, temporary, start.tokenizer, data.held_out, normalizer)
+    if context.runtime.is_main:
+        write_json(temporary / STATISTICS_FILE, measured.statistics)
+    return training, measured
+
+
+def _trainer_of(start: _New, training: TrainingSet, context: StageContext) -> dict[str, Any]:
+    """What makes batches of the rows and trains on them."""
+    section = context.config.reward_model
+    if not training.plain:
+        trainer = partial(ObjectiveTrainer, section=section, objective=training.objective)
+        return {"collator": ExampleCollator(start.model), "trainer_class": trainer}
+    if start.encoder_decoder:
+        plain = partial(ComparisonTrainer, center_coefficient=section.center_coefficient)
+        return {"collator": ComparisonCollator(start.model), "trainer_class": plain}
+    return {}
+
+
+def _load_data(context: StageContext, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool) -> _Data:
+    """The examples of the loss and what the models are measured on. Raises `DataError` where the loss lacks a part."""
+    section = context.config.reward_model
+    if section.loss.type == "rating":
+        ratings = ratings_of(context, tokenizer)
+        training = rating_set(section, ratings.train)
+        if "comparisons" in context.inputs:
+            comparisons = comparisons_of(context, tokenizer)
+        else:
+            comparisons = Splits([], rated_pairs(ratings.validation), rated_pairs(ratings.test))
+        pairs = {name: encode_all(tokenizer, comparisons.named(name)) for name in ("validation", "test")}
+        held_out = HeldOut(comparisons, {"train": [], **pairs}, ratings, training.scale)
+        counts = len(ratings.validation), len(ratings.test)
+        return _Data(training, encoded_rows(tokenizer, training.examples), held_out, ratings.bad_rows, *counts)
+    comparisons = comparisons_of(context, tokenizer)
+    training = comparison_set(section, comparisons.train)
+    pairs = {name: encode_all(tokenizer, comparisons.named(name)) for name in ("train", "validation", "test")}
+    held_out = HeldOut(comparisons, pairs)
+    counts = len(comparisons.validation), len(comparisons.test)
+    if training.plain:
+        encoded = [
+            (encode_pair(tokenizer, row.prompt, row.responses[0]), encode_pair(tokenizer, row.prompt, row.responses[1]))
+            for row in training.examples
+        ]
+        rows: Rows = reward_rows(encoded) if encoder_decoder else training_rows(encoded)
+    else:
+        rows = encoded_rows(tokenizer, training.examples)
+    return _Data(training, rows, held_out, comparisons.bad_rows, *counts)
 
 
 def comparisons_of(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> Splits[Comparison]:
@@ -111,19 +315,23 @@ def comparisons_of(context: StageContext, tokenizer: PreTrainedTokenizerBase) ->
     folder = context.inputs.get("comparisons")
     if folder is None:
         return fit_lengths(load_comparisons(context.config.data), tokenizer, context.config.data)
+    return _read_splits(Path(folder), Comparison)
+
+
+def ratings_of(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> Splits[RatedResponse]:
+    """The rated responses of the given folder, else the data's own within the data's limits of length."""
+    folder = context.inputs.get("ratings")
+    if folder is None:
+        return fit_lengths(load_ratings(context.config.data), tokenizer, context.config.data)
+    return _read_splits(Path(folder), RatedResponse)
+
+
+def _read_splits(folder: Path, kind: type[RecordT]) -> Splits[RecordT]:
     records = {
-        name: read_records(path, Comparison) if (path := Path(folder) / f"{name}.jsonl").is_file() else []
+        name: read_records(path, kind) if (path := folder / f"{name}.jsonl").is_file() else []
         for name in ("train", "validation", "test")
     }
     return Splits(records["train"], records["validation"], records["test"])
-
-
-def encode_all(tokenizer: PreTrainedTokenizerBase, comparisons: list[Comparison]) -> list[Pair]:
-    """(chosen, rejected) of every comparison as token ids."""
-    return [
-        (encode_pair(tokenizer, row.prompt, row.chosen), encode_pair(tokenizer, row.prompt, row.rejected))
-        for row in comparisons
-    ]
 
 
 def training_rows(pairs: list[Pair]) -> dict[str, list[list[int]]]:
@@ -134,66 +342,59 @@ def training_rows(pairs: list[Pair]) -> dict[str, list[list[int]]]:
     }
 
 
-def _keep_logits_in_float32(model: PreTrainedModel) -> None:
-    """DeepSpeed turns the model into bf16 and the loss with it, where scores above 1 differ by 0.8 % at the least."""
-    head: Any = model.score
-    head.register_forward_hook(lambda module, arguments, output: output.float())
+def _longest(data: _Data) -> int:
+    """Tokens of the longest prompt with its response, of all that is read."""
+    texts = [text for split in data.held_out.pairs.values() for pair in split for text in pair]
+    lengths = [len(text.prompt_ids) + len(text.response_ids) for text in texts]
+    if "responses" in data.rows:
+        rows = zip(data.rows["prompt_ids"], data.rows["responses"], strict=True)
+        lengths += [len(prompt) + len(response) for prompt, responses in rows for response in responses]
+    return max(lengths, default=0)
 
 
-def _metric_name(name: str) -> str:
-    """The trainer's own accuracy is that of training batches; what was held out says so."""
+def _records(data: _Data, split: str) -> list[Comparison]:
+    comparisons = data.held_out.comparisons
+    return comparisons.test if split == "test" else comparisons.validation
+
+
+def _metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """What was measured, under the metrics' names: the trainer's own accuracy is that of training batches."""
     own = {"accuracy": "test_accuracy", "margin": "test_margin"}
-    return own.get(name, name.replace("score_", "held_out_score_"))
+    numbers = {name: value["value"] if isinstance(value, dict) else value for name, value in summary.items()}
+    return {
+        f"reward_model/{own.get(name, name.replace('score_', 'held_out_score_'))}": value
+        for name, value in numbers.items()
+    }
 
 
-def _measure(
-    context: StageContext, folder: Path, pairs: dict[str, list[Pair]]
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Accuracy and margin on the held-out splits, and mean and standard deviation of held-out scores.
+def _ensemble_summary(
+    data: _Data, by_member: Sequence[Mapping[str, Any]], scored: Mapping[str, list[ScoredComparison]]
+) -> dict[str, Any]:
+    """Numbers of the members' mean score under the names of a single model's, and each member's accuracy.
 
-    Without validation pairs the statistics are those of the test pairs, else of the first training pairs.
+    Where a member's own number is all there is (its loss, its fit of ratings), the mean over the members.
     """
-    config, runtime = context.config, context.runtime
-    scalar = ScalarModel.load(folder, config.model, dtype=runtime.dtype, key="reward_model")
-    with on_device(scalar, runtime, config.zero):
-        return _summarise(context, scalar, pairs)
+    scores: dict[str, PairScores] = {
+        split: [(row.chosen_score, row.rejected_score) for row in rows] for split, rows in scored.items()
+    }
+    summary = accuracy_summary(data.held_out.comparisons, scores)
+    shared = [name for name, value in by_member[0].items() if name not in summary and isinstance(value, float)]
+    summary |= {name: sum(member[name] for member in by_member) / len(by_member) for name in shared}
+    for number, member in enumerate(by_member):
+        if "accuracy" in member:
+            summary[f"member_{number}_accuracy"] = member["accuracy"]
+    return {**summary, "num_members": len(by_member)}
 
 
-def _summarise(
-    context: StageContext, scalar: ScalarModel, pairs: dict[str, list[Pair]]
-) -> tuple[dict[str, Any], dict[str, float]]:
-    summary: dict[str, Any] = {}
-    scores: dict[str, list[tuple[float, float]]] = {}
-    for split, prefix in (("test", ""), ("validation", "validation_")):
-        scores[split] = score_pairs(context, scalar, pairs[split])
-        if scores[split]:
-            margins = [chosen - rejected for chosen, rejected in scores[split]]
-            num_right = sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins)
-            summary[f"{prefix}accuracy"] = statistics.wilson(num_right, len(margins), confidence=0.95).to_json()
-            summary[f"{prefix}margin"] = sum(margins) / len(margins)
-    held_out = scores["validation"] or scores["test"] or score_pairs(context, scalar, pairs["train"][:500])
-    values = torch.tensor(held_out, dtype=torch.float64).flatten()
-    score_statistics = {"score_mean": float(values.mean()), "score_std": float(values.std(correction=0))}
-    return {**summary, **score_statistics}, score_statistics
-
-
-def score_pairs(context: StageContext, scalar: ScalarModel, pairs: list[Pair]) -> list[tuple[float, float]]:
-    """Scores of (chosen, rejected) of every pair, in order, on all ranks; each rank works on its share."""
-    section, runtime = context.config.reward_model, context.runtime
-    size = section.micro_batch_size or max(1, section.batch_size // runtime.world_size)
-    scored: list[tuple[float, float]] = []
-    for batch in equal_batches(pairs, size, runtime):
-        sides = zip(*(batch or pairs[:1]), strict=True)
-        scores = score_sequences(scalar, [text for side in sides for text in side], runtime.device)
-        half = len(scores) // 2
-        scored += list(zip(scores[:half], scores[half:], strict=True))[: len(batch)]
-    shares = runtime.gather_objects(scored)
-    return [shares[number % runtime.world_size][number // runtime.world_size] for number in range(len(pairs))]
-
-
-@torch.inference_mode()
-def score_sequences(scalar: ScalarModel, pairs: list[EncodedPair], device: torch.device) -> list[float]:
-    """The score of each sequence, read at its last token."""
-    ids, mask, num_prompt = pad_pairs(scalar, pairs, pad_id=0)
-    scores: list[float] = response_scores(scalar, ids.to(device), mask.to(device), num_prompt).tolist()
-    return scores
+def _write_scores(path: Path, scored: Mapping[str, list[ScoredComparison]]) -> None:
+    lines = [
+        {
+            "split": split,
+            "comparison": to_json(row.comparison),
+            "chosen_scores": row.chosen_scores,
+            "rejected_scores": row.rejected_scores,
+        }
+        for split, rows in sorted(scored.items())
+        for row in rows
+    ]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines))

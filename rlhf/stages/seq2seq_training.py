@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from rlhf.models.loading import disable_dropout
 from rlhf.models.seq2seq import decoder_inputs, decoder_values
 from rlhf.ops.logprobs import logprobs_and_entropy
 from rlhf.ops.losses import pairwise_loss
 from rlhf.ops.sequences import left_pad, right_pad
+from rlhf.stages.sum_trainer import Sums, SumTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rlhf.data.tokenization import EncodedPair
 
 IGNORED = -100
-Sums = dict[str, Tensor]
 
 
 def sft_rows(pairs: Sequence[EncodedPair]) -> dict[str, list[list[int]]]:
@@ -96,64 +95,11 @@ class ComparisonCollator:
         return {**inputs, "labels": torch.tensor([len(response) for response in responses])}
 
 
-class EncoderDecoderTrainer(Trainer):
-    """The Trainer with a loss that is a sum, and metrics that are means over all examples between two logs."""
-
-    # The division is by the count of all micro-batches already.
-    loss_is_scaled_for_ga = True
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        # Has the Trainer count the labels of a whole optimiser step, on all ranks.
-        self.model_accepts_loss_kwargs = True
-        self._sums: Sums = {}
-        self._num_tokens = 0.0
-
-    def loss_sum(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int, Sums]:
-        """The micro-batch's summed loss, how many labels make one of its terms, and the sums of what is logged.
-
-        Sums are means in the log once they are divided by the sum named `count`.
-        """
-        raise NotImplementedError
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """This micro-batch's part of the loss, times the number of ranks, which DDP and DeepSpeed divide by."""
-        if num_items_in_batch is None:
-            raise RuntimeError("the Trainer did not count the labels of the optimiser step")
-        labels = inputs.pop("labels")
-        loss, labels_per_term, sums = self.loss_sum(model, inputs, labels)
-        sums["num_tokens"] = inputs["attention_mask"].sum() + inputs["decoder_attention_mask"].sum()
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach().double()
-        share: Tensor = loss * labels_per_term / num_items_in_batch
-        num_processes: int = self.accelerator.num_processes
-        return share * num_processes
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last log, over all ranks. All ranks call it at the same steps."""
-        if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            totals: Any = self.accelerator.reduce(torch.stack([self._sums[name].double() for name in names]), "sum")
-            found = dict(zip(names, totals.tolist(), strict=True))
-            self._sums = {}
-            count = found.pop("count")
-            self._num_tokens += found.pop("num_tokens")
-            logs |= {name: value / count for name, value in found.items()}
-            logs["num_tokens"] = self._num_tokens
-        super().log(logs, start_time)
-
-
-class DemonstrationTrainer(EncoderDecoderTrainer):
+class DemonstrationTrainer(SumTrainer):
     """The loss is the cross-entropy of the response tokens, EOS included: a mean over those of the global batch."""
 
     def loss_sum(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int, Sums]:
-        """See `EncoderDecoderTrainer.loss_sum`; a label is a term."""
+        """See `SumTrainer.loss_sum`; a label is a term."""
         logits = model(**inputs, use_cache=False).logits
         mask = labels != IGNORED
         tokens = labels.clamp(min=0)
@@ -168,7 +114,7 @@ class DemonstrationTrainer(EncoderDecoderTrainer):
         return -torch.where(mask, logprobs, zero).sum(), 1, sums
 
 
-class ComparisonTrainer(EncoderDecoderTrainer):
+class ComparisonTrainer(SumTrainer):
     """The loss is that of Bradley and Terry: -log sigmoid(score(chosen) - score(rejected)), a mean over the pairs.
 
     The model is called for its values in every state of the decoder, as the classifier's own forward pass does not give
@@ -185,7 +131,7 @@ class ComparisonTrainer(EncoderDecoderTrainer):
         super().__init__(model=model, **arguments)
 
     def loss_sum(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int, Sums]:
-        """See `EncoderDecoderTrainer.loss_sum`; a term is a pair, which has two labels."""
+        """See `SumTrainer.loss_sum`; a term is a pair, which has two labels."""
         scores = model(**inputs).gather(1, labels.unsqueeze(1)).squeeze(1)
         chosen, rejected = scores.chunk(2)
         loss, _, _ = pairwise_loss(chosen=chosen, rejected=rejected)

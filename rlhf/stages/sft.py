@@ -26,7 +26,7 @@ from rlhf.models.seq2seq import is_encoder_decoder
 from rlhf.ops.logprobs import token_logprobs
 from rlhf.ops.sequences import position_ids, right_pad
 from rlhf.stages.context import StageContext, StageOutput, publish, publish_model, save_partial
-from rlhf.stages.seq2seq_training import DemonstrationCollator, sft_rows
+from rlhf.stages.seq2seq_training import DemonstrationCollator, DemonstrationTrainer, sft_rows
 from rlhf.stages.trl_adapter import Training, open_tracker, plan_schedule
 from rlhf.stages.trl_checkpoints import find_checkpoint
 
@@ -128,10 +128,11 @@ def _rows_and_collator(
                 f"sft.train_on_prompt=true needs a causal model: the prompts of {type(model).__name__} go to its "
                 "encoder, which predicts nothing. Set sft.train_on_prompt=false"
             )
-        return {"rows": sft_rows(pairs), "collator": DemonstrationCollator(model)}
+        collator = DemonstrationCollator(model)
+        return {"rows": sft_rows(pairs), "collator": collator, "trainer_class": DemonstrationTrainer}
     # Masks come from lengths, so it does not matter which token fills the padding.
-    collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-    return {"rows": training_rows(pairs, train_on_prompt=train_on_prompt), "collator": collator}
+    rows = training_rows(pairs, train_on_prompt=train_on_prompt)
+    return {"rows": rows, "collator": DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)}
 
 
 def training_rows(pairs: list[EncodedPair], *, train_on_prompt: bool) -> dict[str, list[list[int]]]:

@@ -1,6 +1,6 @@
 """Between our config, run folder and tracker and the trainers: arguments, order of examples, callbacks, resume.
 
-TRL's trainers train causal models, those of `rlhf.stages.seq2seq_training` encoder-decoder models.
+TRL's trainers train causal models on plain losses, those of `rlhf.stages.sum_trainer` everything else.
 
 The trainer decides nothing that a number of ranks could change: it is given the examples of every step in order, all
 batches are full, and the last batch of an epoch goes on into the next one.
@@ -12,10 +12,9 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import huggingface_hub.constants
@@ -32,10 +31,8 @@ from rlhf.distributed.stopping import StopPoll, polled
 from rlhf.distributed.zero import deepspeed_json
 from rlhf.errors import ConfigError, DataError, Stopped
 from rlhf.models.loading import quiet
-from rlhf.models.seq2seq import is_encoder_decoder
 from rlhf.runs.files import disk_errors
 from rlhf.runs.tracking import Tracker
-from rlhf.stages.seq2seq_training import ComparisonTrainer, DemonstrationTrainer
 from rlhf.stages.trl_checkpoints import Checkpoint, TrainerCheckpoints
 
 if TYPE_CHECKING:
@@ -57,7 +54,9 @@ _METRICS = {
     "accuracy": "accuracy",
     "margin": "margin",
     "mean_reward": "score_mean",
+    "squared_error": "squared_error",
 }
+_TRL_TRAINERS: dict[Kind, Any] = {"sft": SFTTrainer, "reward_model": RewardTrainer}
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -117,9 +116,12 @@ def training_arguments(
     context: StageContext,
     schedule: Schedule,
     *,
-    encoder_decoder: bool = False,
+    own: bool = False,
 ) -> TrainingArguments:
-    """The trainer's arguments. Under ZeRO-3 models loaded after this call are sharded: load them before."""
+    """The arguments of TRL's trainer of this kind, or of an `own` one (`SumTrainer`).
+
+    Under ZeRO-3 models loaded after this call are sharded: load them before.
+    """
     runtime = context.runtime
     on_cpu = runtime.device.type == "cpu"
     deepspeed = deepspeed_json(
@@ -171,7 +173,7 @@ def training_arguments(
         "log_level_replica": "error",
         "push_to_hub": False,
     }
-    if encoder_decoder:
+    if own:
         return TrainingArguments(**arguments)
     if kind == "sft":
         # The rows come with ids and labels; there is nothing left to prepare.
@@ -184,14 +186,6 @@ def training_arguments(
 def _center_coefficient(section: TrainingConfig) -> float:
     """Of the section of a reward model."""
     return float(getattr(section, "center_coefficient", 0.0))
-
-
-def _trainer_class(kind: Kind, section: TrainingConfig, *, encoder_decoder: bool) -> Any:
-    if encoder_decoder and kind == "reward_model":
-        return partial(ComparisonTrainer, center_coefficient=_center_coefficient(section))
-    if encoder_decoder:
-        return DemonstrationTrainer
-    return SFTTrainer if kind == "sft" else RewardTrainer
 
 
 class _TrackingCallback(TrainerCallback):
@@ -296,8 +290,12 @@ class Training:
         tokenizer: PreTrainedTokenizerBase,
         rows: Mapping[str, Sequence[Any]],
         collator: Any = None,
+        trainer_class: Callable[..., Any] | None = None,
     ) -> None:
-        """`rows` are the columns of the tokenised examples, in any order that is the same on all ranks."""
+        """`rows` are the columns of the tokenised examples, in any order that is the same on all ranks.
+
+        `trainer_class` makes a `SumTrainer` for what TRL's trainer of this kind cannot do (None: that one).
+        """
         self.context, self.schedule, self.tracker = context, schedule, tracker
         self._use_cache = model.config.use_cache
         self._last: Mapping[str, float] = {}
@@ -306,11 +304,10 @@ class Training:
         # A library that reports its use to its maker would also wait for the network.
         huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
         with _silence():
-            encoder_decoder = is_encoder_decoder(model)
-            arguments = training_arguments(kind, section, context, schedule, encoder_decoder=encoder_decoder)
+            arguments = training_arguments(kind, section, context, schedule, own=trainer_class is not None)
             if context.config.zero.stage == 3:  # before DeepSpeed moves all of it to the device
                 place(model, context.runtime, cast("dict[str, Any]", arguments.deepspeed))
-            self.trainer: Any = _trainer_class(kind, section, encoder_decoder=encoder_decoder)(
+            self.trainer: Any = (trainer_class or _TRL_TRAINERS[kind])(
                 model=model,
                 args=arguments,
                 train_dataset=Dataset.from_dict(dict(rows)).select(order),

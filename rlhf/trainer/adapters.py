@@ -16,6 +16,7 @@ from rlhf.errors import ConfigError
 from rlhf.models.adapter_shape import new_settings
 from rlhf.models.adapters import inject_adapter, is_adapter
 from rlhf.models.loading import disable_dropout, load_tokenizer
+from rlhf.models.paths import single_model
 from rlhf.models.shared_base import Role, SharedBase, inject_value_of_policy
 from rlhf.trainer.models import ModelArguments, language_model
 
@@ -89,8 +90,9 @@ def adapter_critic_tokenizer(
     source: object = models.value_model
     if source is None and args.value_init == "reward_model":
         source = models.reward_model
-    on_base = isinstance(source, str | Path) and is_adapter(source) and isinstance(models.model, str | Path)
-    return load_tokenizer(str(source), key="value_model") if on_base else tokenizer
+    on_base = isinstance(source, str | Path) and isinstance(models.model, str | Path)
+    adapted = on_base and is_adapter(single_model(str(source)))
+    return load_tokenizer(str(source), key="value_model") if adapted else tokenizer
 
 
 def _from_folders(args: PPOConfig, models: ModelArguments, lora: LoRAConfig, runtime: Runtime, seed: int) -> SharedBase:
@@ -100,7 +102,7 @@ def _from_folders(args: PPOConfig, models: ModelArguments, lora: LoRAConfig, run
                 f"with peft_config {name} is an adapter on the policy's base: pass its folder, or leave {name} out"
             )
     reward = models.reward_model
-    adapter = str(reward) if isinstance(reward, str | Path) and is_adapter(reward) else None
+    adapter = str(reward) if isinstance(reward, str | Path) and is_adapter(single_model(str(reward))) else None
     return SharedBase.build(
         policy=str(models.model),
         reference=str(models.ref_model or models.model),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf.config.model import ModelConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.loading import (
@@ -23,9 +24,11 @@ from rlhf.models.loading import (
     place,
     train_every_embedding,
 )
+from rlhf.models.paths import is_ensemble
 from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
 from rlhf.rewards.build import LoadedModel
 from rlhf.rewards.composition import ScoreStatistics
+from rlhf.rewards.ensemble import EnsembleReward
 from rlhf.rewards.learned import LearnedReward, same_token_ids
 from rlhf.stages.ppo.models import FrozenModel, SeparateActorCritic, SharedTrunkActorCritic
 from rlhf.trainer.inputs import TokenizerSource, prepared_tokenizer
@@ -181,6 +184,16 @@ def load_reward_model(
     source = models.reward_model
     if source is None:
         return None
+    if isinstance(source, str | Path) and is_ensemble(source):
+        ensemble = EnsembleReward.of_folder(
+            str(source),
+            ModelConfig(),
+            dtype=runtime.dtype,
+            device=runtime.device,
+            policy_tokenizer=tokenizer,
+            key="reward_model",
+        )
+        return LoadedModel(ensemble)
     scalar = scalar_model(source, "reward_model", runtime.dtype)
     scalar.requires_grad_(False)
     disable_dropout(scalar)

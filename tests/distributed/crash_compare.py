@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlhf.preferences.store import PreferenceStore
 from tests.distributed.crash_watch import leftovers
 
 # Compared by their content, not by their bytes: they hold seconds and megabytes.
@@ -16,7 +17,8 @@ def differences(expected: Path, found: Path) -> list[str]:
     """One line for each difference between the run folders, naming the file and the first key that differs.
 
     Compared byte for byte are all files of the stages but checkpoints (weights, configs, tokenizers, comparisons,
-    fingerprints) and the samples; value for value the metrics, line by line, and the results, both without `perf/`.
+    fingerprints) and the samples; value for value the metrics, line by line, and the results, both without `perf/`, and
+    the tasks and labels of preference stores.
     The found run must call itself finished and must have nothing half-written in it.
     """
     lines = [*_stages(expected, found), *_metrics(expected, found)]
@@ -38,6 +40,9 @@ def _stages(expected: Path, found: Path) -> list[str]:
             key = _first_key(_result(expected / name), _result(found / name))
             if key is not None:
                 lines.append(f"{name}: {key}")
+        elif name.endswith(".sqlite"):
+            if _labels(expected / name) != _labels(found / name):
+                lines.append(f"{name}: its tasks or labels")
         elif (expected / name).read_bytes() != (found / name).read_bytes():
             tensor = _first_tensor(expected / name, found / name) if name.endswith(".safetensors") else "its bytes"
             lines.append(f"{name}: {tensor}")
@@ -47,6 +52,14 @@ def _stages(expected: Path, found: Path) -> list[str]:
 def _stage_files(run: Path) -> set[str]:
     files = (path.relative_to(run) for path in run.glob("stages/**/*") if path.is_file())
     return {path.as_posix() for path in files if "checkpoints" not in path.parts}
+
+
+def _labels(path: Path) -> list[tuple[Any, ...]]:
+    """Every version of every label of a preference store, without when it was made, and every task."""
+    with PreferenceStore.open(path) as store:
+        labels = [label for task in store.tasks() for label in store.history(task)]
+        made = [(one.task, one.annotator, one.shown, one.version, one.kind, repr(one.answer)) for one in labels]
+        return sorted([*made, *((task,) for task in store.tasks())])
 
 
 def _result(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import accelerate  # noqa: F401
 import deepspeed
 import torch
 
-from rlhf.config import RLHFConfig
+from rlhf.config import RLHFConfig, config_from_values
 from rlhf.distributed.runtime import Runtime
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
@@ -140,7 +140,7 @@ def case_config(case: Case, folder: Path, limits: tuple[int, int]) -> RLHFConfig
     if case.lora:
         body["peft"] = {"type": "lora", "rank": 16, "stages": [case.stage]}
     body[case.stage] = {**body[case.stage], **case.section}
-    return RLHFConfig.model_validate_json(json.dumps(body))
+    return config_from_values(body, "test")
 
 
 def make_models(case: Case, folder: Path) -> tuple[dict[str, str], tuple[int, int]]:

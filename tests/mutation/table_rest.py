@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutation.table import CHECKS, LOSSES, M, Module
+from tests.mutation.table_preferences import PREFERENCE_LOSSES
 
 MASKED = Module(
     "rlhf/ops/masked.py",
@@ -393,4 +394,5 @@ BATCHES = Module(
     ),
 )
 
-MODULES = (LOSSES, CHECKS, MASKED, KL, ADVANTAGES, LOGPROBS, SEQUENCES, MOMENTS, ADAPTIVE_KL, ADAM, BATCHES)
+MODULES: tuple[Module, ...] = (LOSSES, PREFERENCE_LOSSES, CHECKS, MASKED, KL, ADVANTAGES, LOGPROBS, SEQUENCES)
+MODULES += (MOMENTS, ADAPTIVE_KL, ADAM, BATCHES)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.config import RLHFConfig
+from rlhf.config import RLHFConfig, config_from_values
 from rlhf.data import load_demonstrations
 from rlhf.data.tokenization import EncodedPair, encode_pair
 from rlhf.distributed import checkpoints
@@ -293,7 +293,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert weight_bytes(tmp_path / "again", "reward_model") == weight_bytes(undisturbed, "reward_model")
     assert metrics_of(tmp_path / "again", "reward_model") == metrics_of(undisturbed, "reward_model")
     body = {**tiny_config(files).model_dump(mode="json"), "seed": 2}
-    _run(reward_model, RLHFConfig.model_validate_json(json.dumps(body)), tmp_path / "other", files, base)
+    _run(reward_model, config_from_values(body, "test"), tmp_path / "other", files, base)
     assert weight_bytes(tmp_path / "other", "reward_model") != weight_bytes(undisturbed, "reward_model")
 
 

@@ -17,7 +17,17 @@ PACKAGE = Path(__file__).parents[2] / "rlhf"
 _RECORDS = {"errors", "records", "terminal"}
 _SHARED = {"errors", "terminal", "ops", "config", "records", "batches", "statistics"}
 _LIBRARY = _SHARED | {"data", "models", "chat", "rewards", "preferences", "evaluation", "distributed", "runs"}
-_EVERYTHING = _LIBRARY | {"planning", "stages", "sweeps", "pipeline", "worker", "supervisor", "sbatch", "trainer"}
+_EVERYTHING = _LIBRARY | {
+    "planning",
+    "stages",
+    "sweeps",
+    "stage_inputs",
+    "pipeline",
+    "worker",
+    "supervisor",
+    "sbatch",
+    "trainer",
+}
 
 # What each part of the package may import besides itself. A new part gets a line here.
 ALLOWED: dict[str, set[str]] = {
@@ -34,12 +44,14 @@ ALLOWED: dict[str, set[str]] = {
     # Models that answer chats: one of ours in memory, or an address.
     "chat": _SHARED | {"data", "models"},
     # An annotator may be a model that is asked, or a reward.
-    "preferences": _SHARED | {"data", "models", "chat", "rewards"},
+    "preferences": _SHARED | {"data", "models", "chat", "rewards", "runs"},
     # A learned reward is a tokenized text through a model.
     "rewards": _SHARED | {"data", "models", "chat"},
     "distributed": {"errors", "config", "terminal"},
     "runs": _RECORDS | {"config"},
     "evaluation": _LIBRARY,
+    # The reward server.
+    "serving": _LIBRARY,
     # A plan is made of configs and of models without weights; a running stage is planned by what it has.
     "planning": _LIBRARY,
     "stages": _LIBRARY,
@@ -48,13 +60,15 @@ ALLOWED: dict[str, set[str]] = {
     "studies": _EVERYTHING,
     "sbatch": {"errors", "config", "runs"},
     "pipeline": _EVERYTHING,
+    # What each stage reads.
+    "stage_inputs": _EVERYTHING,
     "worker": _EVERYTHING,
     "supervisor": _EVERYTHING,
     "doctor": _EVERYTHING,
-    "cli": _EVERYTHING | {"doctor"},
+    "cli": _EVERYTHING | {"doctor", "serving"},
     "__main__": {"cli"},
 }
-STAGES = {"sft", "collect", "reward_model", "ppo", "evaluate"}
+STAGES = {"sft", "collect", "reward_model", "ppo", "best_of_n", "evaluate"}
 # Libraries that one part alone may touch, at any depth of a function.
 OWNED = {"accelerate": "distributed", "deepspeed": "distributed", "torch.distributed": "distributed"}
 # Modules that must be importable without these libraries in memory.
@@ -67,8 +81,13 @@ LIGHT += [
     "rlhf.distributed.leader",
     "rlhf.distributed.zero",
     "rlhf.preferences.annotators",
+    "rlhf.preferences.page.command",
     "rlhf.preferences.resolution",
+    "rlhf.preferences.selection",
     "rlhf.preferences.store",
+    "rlhf.preferences.waiting",
+    "rlhf.preferences.command",
+    "rlhf.preferences.exchange",
 ]
 
 

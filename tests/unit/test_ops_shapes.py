@@ -19,6 +19,7 @@ CHECKED = (
     "rlhf.ops.kl",
     "rlhf.ops.advantages",
     "rlhf.ops.losses",
+    "rlhf.ops.preference_losses",
     "rlhf.ops.sequences",
     "rlhf.ops.moments",
     "rlhf.batches",
@@ -88,6 +89,13 @@ def test_every_operation_has_the_shapes_it_says(checked: dict[str, ModuleType]) 
     for estimator in ("k1", "k2", "k3"):
         losses.kl_loss(logprobs=ONES, reference_logprobs=ONES, mask=MASK, estimator=estimator, weights=weights)
     losses.pairwise_loss(chosen=ONES[0], rejected=ONES[1], margin=ONES[0])
+    preferences = checked["preference_losses"]
+    pair = {"chosen": ONES[0], "rejected": ONES[1], "margin": ONES[0], "weights": ONES[1]}
+    for tie_model in (None, "davidson", "rao_kupper"):
+        preferences.comparison_loss(**pair, probability=0.5 * ONES[0], tie_model=tie_model)
+    preferences.ranking_loss(scores=ONES, mask=MASK, weights=ONES[:, 0])
+    for form in ("squared", "logistic"):
+        preferences.rating_loss(scores=ONES[0], targets=ONES[1], form=form, weights=ONES[0])
     sequences = checked["sequences"]
     sequences.last_token_index(MASK)
     sequences.gather_last(ONES, MASK)

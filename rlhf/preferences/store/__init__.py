@@ -35,7 +35,7 @@ from rlhf.preferences.store.content import (
     task_id,
 )
 from rlhf.preferences.store.database import Clock, utc_now
-from rlhf.preferences.store.figures import AnnotatorFigures, RoundProgress
+from rlhf.preferences.store.figures import AnnotatorFigures, RoundProgress, Standing, TaskCounts, Totals
 from rlhf.preferences.store.labels import Label, Reconstruction
 from rlhf.preferences.store.recording import MadeLabel
 from rlhf.preferences.store.schema import SCHEMA_VERSION
@@ -70,10 +70,13 @@ __all__ = [
     "RoundProgress",
     "Screen",
     "Skip",
+    "Standing",
     "Task",
+    "TaskCounts",
     "TaskKind",
     "TaskPlan",
     "Tie",
+    "Totals",
     "agrees",
     "prompt_id",
     "response_id",

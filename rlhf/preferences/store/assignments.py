@@ -187,6 +187,11 @@ class Assignments(Contents):
         with self._read() as connection:
             return [_assignment(row) for row in connection.execute(query, (annotator, self._now()))]
 
+    def assignment(self, assignment: int) -> Assignment:
+        """One assignment by its id. Raises `RefusedError` when there is none."""
+        with self._read() as connection:
+            return _assignment(_row(connection, assignment))
+
     def assignments(self, task: str) -> list[Assignment]:
         """All assignments that a task ever had, the oldest first."""
         query = "SELECT * FROM assignments WHERE task = ? ORDER BY id"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from statistics import median
 
 from rlhf.preferences.store.answers import Answer, Skip, agrees
 from rlhf.preferences.store.content import AnnotatorKind, Task
+from rlhf.preferences.store.database import time_text
 from rlhf.preferences.store.labels import Label
 from rlhf.preferences.store.recording import Recording
 
@@ -60,8 +64,141 @@ class AnnotatorFigures:
     num_repeats_same: int
 
 
+_LABELLED = "a.annotator = :annotator AND a.state IN ('answered', 'declined')"
+_STANDING = f"""
+    SELECT
+      (SELECT COUNT(*) FROM assignments a WHERE {_LABELLED}),
+      (SELECT COUNT(*) FROM assignments a WHERE {_LABELLED} AND a.lease_ends >= :since AND EXISTS (
+        SELECT 1 FROM labels l WHERE l.assignment = a.id AND l.made_at >= :since AND l.kind <> 'retract')),
+      (SELECT COUNT(*) FROM assignments a
+        WHERE a.annotator = :annotator AND a.state = 'leased' AND a.lease_ends > :now)
+"""
+_OPEN_OWN = """
+    SELECT COUNT(*) FROM assignments a CROSS JOIN tasks t ON t.id = a.task
+    WHERE a.annotator = :annotator AND a.state IN ('leased', 'answered', 'declined')
+      AND t.num_taken < t.num_labels AND t.repeat_of IS NULL
+"""
+_REPEATS = """
+    SELECT COUNT(*) FROM tasks t WHERE t.num_taken < t.num_labels AND t.repeat_of IS NOT NULL
+      AND (t.audience IS NULL OR t.audience = (SELECT kind FROM annotators WHERE name = :annotator))
+      AND EXISTS (SELECT 1 FROM assignments a WHERE a.task = t.repeat_of AND a.annotator = :annotator
+        AND a.state = 'answered')
+      AND NOT EXISTS (SELECT 1 FROM assignments a WHERE a.task = t.id AND a.annotator = :annotator
+        AND a.state IN ('leased', 'answered', 'declined'))
+"""
+_OTHERS_HOLD = """
+    SELECT EXISTS (
+      SELECT 1 FROM assignments o JOIN tasks t ON t.id = o.task
+      WHERE o.state = 'leased' AND o.lease_ends > :now AND o.annotator <> :annotator
+        AND (t.audience IS NULL OR t.audience = (SELECT kind FROM annotators WHERE name = :annotator))
+        AND NOT EXISTS (SELECT 1 FROM assignments a WHERE a.task = t.id AND a.annotator = :annotator
+          AND a.state IN ('leased', 'answered', 'declined'))
+        AND (t.repeat_of IS NULL OR EXISTS (SELECT 1 FROM assignments a
+          WHERE a.task = t.repeat_of AND a.annotator = :annotator AND a.state = 'answered')))
+"""
+_NUM_STUCK = """
+    SELECT COUNT(*) FROM tasks t
+    WHERE t.num_taken < t.num_labels AND t.repeat_of IS NULL AND (t.audience IS NULL OR t.audience = :kind)
+      AND EXISTS (SELECT 1 FROM annotators WHERE kind = :kind)
+      AND NOT EXISTS (SELECT 1 FROM annotators n WHERE n.kind = :kind AND NOT EXISTS (
+        SELECT 1 FROM assignments a WHERE a.task = t.id AND a.annotator = n.name
+          AND a.state IN ('leased', 'answered', 'declined')))
+"""
+_RECENT = f"""
+    SELECT l.made_at, l.seconds FROM assignments a CROSS JOIN labels l ON l.assignment = a.id
+    WHERE {_LABELLED} AND NOT EXISTS (SELECT 1 FROM labels later WHERE later.supersedes = l.id)
+    ORDER BY a.id DESC LIMIT :recent
+"""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The tasks that annotators of one kind may be given, and the labels that the plan wants of them.
+
+    `num_wanted` labels are wanted, `num_there` of them are there. `num_open` tasks have a place left, of which
+    `num_open_repeats` are blind repeats.
+    """
+
+    num_wanted: int
+    num_there: int
+    num_open: int
+    num_open_repeats: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where an annotator is: the tasks labelled (answered or declined), in all and since a time; the tasks held.
+
+    Of those since a time, ones whose lease had ended before it are not counted. `recent` are the newest labels, the
+    newest first: when each was made, and the seconds it took.
+    """
+
+    num_labelled: int
+    num_labelled_since: int
+    num_held: int
+    recent: tuple[tuple[datetime, float | None], ...]
+
+
+@dataclass(frozen=True)
+class TaskCounts:
+    """The labels that a task wants, and of whom; how many annotators answered it, and how many declined."""
+
+    audience: AnnotatorKind | None
+    num_labels: int
+    num_answered: int
+    num_declined: int
+
+
 class Figures(Recording):
     """The methods that count."""
+
+    def counts(self, tasks: Iterable[str]) -> dict[str, TaskCounts]:
+        """How far each of these tasks (ids) is; those that the store does not have are left out."""
+        query = """
+            SELECT t.id, t.audience, t.num_labels,
+              COALESCE(SUM(a.state = 'answered'), 0), COALESCE(SUM(a.state = 'declined'), 0)
+            FROM tasks t LEFT JOIN assignments a ON a.task = t.id
+            WHERE t.id IN (SELECT value FROM json_each(?)) GROUP BY t.id
+        """
+        with self._read() as connection:
+            rows = connection.execute(query, (json.dumps(list(tasks)),))
+            return {row[0]: TaskCounts(*tuple(row)[1:]) for row in rows}
+
+    def totals(self, kind: AnnotatorKind) -> Totals:
+        """What is left to do for annotators of a kind: one walk over the tasks."""
+        query = """
+            SELECT COALESCE(SUM(num_labels), 0), COALESCE(SUM(MIN(num_taken, num_labels)), 0),
+              COALESCE(SUM(num_taken < num_labels), 0),
+              COALESCE(SUM(num_taken < num_labels AND repeat_of IS NOT NULL), 0)
+            FROM tasks WHERE audience IS NULL OR audience = ?
+        """
+        leased = """
+            SELECT COUNT(*) FROM assignments a JOIN tasks t ON t.id = a.task
+            WHERE a.state = 'leased' AND (t.audience IS NULL OR t.audience = ?)
+        """
+        with self._read() as connection:
+            wanted, taken, num_open, repeats = connection.execute(query, (kind,)).fetchone()
+            (held,) = connection.execute(leased, (kind,)).fetchone()
+        return Totals(wanted, max(0, taken - held), num_open, repeats)
+
+    def standing(self, annotator: str, *, since: datetime, num_recent: int) -> Standing:
+        """Where an annotator is, from their own assignments alone."""
+        values = {"annotator": annotator, "since": time_text(since), "recent": num_recent, "now": self._now()}
+        with self._read() as connection:
+            labelled, labelled_since, held = connection.execute(_STANDING, values).fetchone()
+            recent = [(datetime.fromisoformat(made), seconds) for made, seconds in connection.execute(_RECENT, values)]
+        return Standing(labelled, labelled_since, held, tuple(recent))
+
+    def num_open_for(self, annotator: str, totals: Totals) -> int:
+        """How many open tasks an annotator could still be given; `totals` are those for their kind.
+
+        Takes a look at each task that they labelled, and at each open blind repeat.
+        """
+        values = {"annotator": annotator}
+        with self._read() as connection:
+            (own,) = connection.execute(_OPEN_OWN, values).fetchone()
+            repeats = connection.execute(_REPEATS, values).fetchone()[0] if totals.num_open_repeats else 0
+        return max(0, totals.num_open - totals.num_open_repeats - int(own)) + int(repeats)
 
     def progress(self) -> list[RoundProgress]:
         """The state of each round that has tasks, by round."""
@@ -90,6 +227,18 @@ class Figures(Recording):
                 counts["num_tasks"] += 1
         names = [name for name in RoundProgress.__dataclass_fields__ if name != "round"]
         return [RoundProgress(number, **{name: rounds[number][name] for name in names}) for number in sorted(rounds)]
+
+    def others_hold(self, annotator: str) -> bool:
+        """Whether somebody else holds a task that the annotator could get if it came back."""
+        with self._read() as connection:
+            values = {"annotator": annotator, "now": self._now()}
+            return bool(connection.execute(_OTHERS_HOLD, values).fetchone()[0])
+
+    def num_stuck(self, kind: AnnotatorKind) -> int:
+        """How many ordinary tasks have a place left that no known annotator of a kind can fill: all of them had it."""
+        with self._read() as connection:
+            row = connection.execute(_NUM_STUCK, {"kind": kind}).fetchone()
+        return int(row[0])
 
     def annotator_figures(self) -> list[AnnotatorFigures]:
         """How each annotator works, by name; those without a label too."""

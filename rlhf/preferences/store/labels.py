@@ -172,6 +172,23 @@ class Labels(Assignments):
             rows = connection.execute(f"{_QUERY} WHERE {' AND '.join(where)} ORDER BY l.id", values)
             return [_label(row) for row in rows]
 
+    def last_label(self, annotator: str, page: str) -> Label | None:
+        """The newest current label of an annotator that was made on a page whose version starts with `page`."""
+        query = (
+            f"{_QUERY.replace('FROM labels l JOIN assignments a', 'FROM assignments a CROSS JOIN labels l')}"
+            f" WHERE a.annotator = ? AND a.state IN ('answered', 'declined') AND {_CURRENT}"
+            " AND SUBSTR(a.page, 1, LENGTH(?)) = ? ORDER BY l.id DESC LIMIT 1"
+        )
+        with self._read() as connection:
+            row = connection.execute(query, (annotator, page, page)).fetchone()
+        return None if row is None else _label(row)
+
+    def label_of_token(self, token: str) -> Label | None:
+        """The label that a submission or a retraction of this token made."""
+        with self._read() as connection:
+            row = connection.execute(f"{_QUERY} WHERE l.token = ?", (token,)).fetchone()
+        return None if row is None else _label(row)
+
     def history(self, task: str) -> list[Label]:
         """Every version of every label of a task, retractions included, in the order of their making."""
         with self._read() as connection:

@@ -29,7 +29,8 @@ class MadeLabel:
 
     `shown` are the ids of the responses in the order in which the annotator saw them, empty when that is not known.
     `made_at` is now when not given. `token` names the label: the same one again adds nothing. `page` says where the
-    label comes from.
+    label comes from. `instructions` is the hash of the text shown beside the task, which has been added; `leased_at` is
+    when the task was given out, `made_at` unless known.
     """
 
     task: str
@@ -42,6 +43,8 @@ class MadeLabel:
     comment: str = ""
     page: str = "recorded"
     made_at: datetime | None = None
+    instructions: str | None = None
+    leased_at: datetime | None = None
 
 
 class Recording(Labels):
@@ -85,10 +88,11 @@ def _record(connection: sqlite3.Connection, made: MadeLabel, now: str) -> bool:
     fills = made.answer is not None and not isinstance(made.answer, Skip)
     if fills and not has_room(connection, made.task):
         raise RefusedError("no_room", f"task {made.task} has all the labels that it wants; see `replan`")
-    values = (made.task, made.annotator, json.dumps(made.shown), made.page, time, time)
+    leased = time if made.leased_at is None else time_text(made.leased_at)
+    values = (made.task, made.annotator, json.dumps(made.shown), made.instructions, made.page, leased, time)
     row = connection.execute(
-        "INSERT INTO assignments (task, annotator, shown, page, leased_at, lease_ends, state)"
-        f" VALUES (?, ?, ?, ?, ?, ?, '{'answered' if fills else 'declined'}')",
+        "INSERT INTO assignments (task, annotator, shown, instructions, page, leased_at, lease_ends, state)"
+        f" VALUES (?, ?, ?, ?, ?, ?, ?, '{'answered' if fills else 'declined'}')",
         values,
     )
     append_version(connection, row.lastrowid or 0, made.token, body, made.seconds, time)

@@ -50,7 +50,8 @@ def batch_metrics(
     exact = experience.exact_kl[~experience.exact_kl.isnan()]
     if len(exact):
         metrics["ppo/exact_kl_to_reference"] = float(exact.mean())
-    return metrics | {f"ppo/reward/{name}": mean for name, mean in part_means(experience.parts).items()}
+    named = {**experience.parts, **experience.details}
+    return metrics | {f"ppo/reward/{name}": mean for name, mean in part_means(named).items()}
 
 
 def _raw_total(parts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

@@ -62,13 +62,13 @@ def shard_rewards(
 
     `RewardRole` stays: the trained module has it.
     """
-    sharded: dict[int, LearnedReward] = {}
+    sharded: dict[int, FrozenShards] = {}
     entries = []
     for entry in rewards.rewards:
         reward = entry.reward
         if isinstance(reward, LearnedReward):
-            if id(reward) not in sharded:
-                sharded[id(reward)] = replace(reward, ready=shard(reward.model).ready, device=device)
-            entry = replace(entry, reward=sharded[id(reward)])
+            if id(reward.model) not in sharded:
+                sharded[id(reward.model)] = shard(reward.model)
+            entry = replace(entry, reward=replace(reward, ready=sharded[id(reward.model)].ready, device=device))
         entries.append(entry)
     return RewardSet(tuple(entries))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -43,8 +43,8 @@ class Experience:
     """One update's global batch, the same on every rank, in the rows' order.
 
     `raw_scores` (B,) are the rewards' weighted sum before `transform_scores`, `parts` the single rewards by name (NaN
-    where one does not apply). `exact_kl` (B,) is the exact KL to the reference of a response, in nats; NaN where it was
-    not computed.
+    where one does not apply), `details` (B,) what else they say of a response. `exact_kl` (B,) is the exact KL to the
+    reference of a response, in nats; NaN where it was not computed.
     """
 
     rows: list[Row]
@@ -52,6 +52,7 @@ class Experience:
     raw_scores: Tensor
     parts: dict[str, Tensor]
     exact_kl: Tensor
+    details: dict[str, Tensor] = field(default_factory=dict)
 
 
 def choose_prompts(
@@ -117,7 +118,8 @@ def gather_experience(
     everyone = ScoredRollout.concatenate([ScoredRollout.from_tensors(tensors) for tensors, _ in gathered])
     joined = {name: torch.cat([other[name] for _, other in gathered])[inverse] for name in gathered[0][1]}
     scored = everyone.select(inverse)
-    return Experience(rows, scored, scored.scores, _named(joined), joined["exact_kl"])
+    details = _named(joined, "detail")
+    return Experience(rows, scored, scored.scores, _named(joined, "reward"), joined["exact_kl"], details)
 
 
 def _own_share(
@@ -156,9 +158,10 @@ def _own_share(
     )
 
 
-def _named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The single rewards among the tensors that were gathered."""
-    return {name.removeprefix("reward/"): tensor for name, tensor in tensors.items() if name.startswith("reward/")}
+def _named(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The single rewards, or the details, among the tensors that were gathered."""
+    start = f"{kind}/"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def sample_rollout(
@@ -229,8 +232,9 @@ def score_rollout(
 ) -> tuple[ScoredRollout, dict[str, Tensor]]:
     """Raw scores, old log-probs and values of the models in training, the reference's log-probs, equally computed.
 
-    Also returns tensors (B,) by name: `reward/<name>` of every single reward, and `exact_kl`, which is computed for the
-    first `num_exact` rows and NaN in the others. The reference is called `num_passes` times for it (None: `num_exact`).
+    Also returns tensors (B,) by name: `reward/<name>` of every single reward, `detail/<name>` of what else it says, and
+    `exact_kl`, which is computed for the first `num_exact` rows and NaN in the others. The reference is called
+    `num_passes` times for it (None: `num_exact`).
     """
     batch, scoring = token_batch(rollout), models.scoring
     old_logprobs, _, old_values = models.actor_critic.evaluate(batch, scoring)
@@ -259,7 +263,8 @@ def score_rollout(
     )
     exact = torch.full((len(rows),), torch.nan)
     exact[:num_exact] = exact_kl(models, rollout, num_exact, num_passes).cpu()
-    return scored, {"exact_kl": exact, **{f"reward/{name}": part for name, part in scores.parts.items()}}
+    parts = {f"reward/{name}": part for name, part in scores.parts.items()}
+    return scored, {"exact_kl": exact, **parts, **{f"detail/{name}": part for name, part in scores.details.items()}}
 
 
 def exact_kl(models: PPOModels, rollout: Rollout, num_rows: int, num_passes: int | None = None) -> Tensor:
