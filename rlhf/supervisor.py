@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
@@ -20,12 +20,12 @@ from rlhf.config.distributed import DistributedConfig
 from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
 from rlhf.config.preferences import BOOKKEEPING as PREFERENCES_BOOKKEEPING
 from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
+from rlhf.distributed.endings import ending
 from rlhf.distributed.follower import follow
 from rlhf.distributed.gpus import claimed_gpus
 from rlhf.distributed.launch import SUPERVISOR_PID, launch
 from rlhf.distributed.leader import Leader
 from rlhf.distributed.nodes import NodePlace, place_of, remove_left_secrets
-from rlhf.distributed.peers import LaunchResult
 from rlhf.distributed.slurm import adopt_slurm, under_launcher
 from rlhf.errors import (
     EXIT_STOPPED,
@@ -35,7 +35,6 @@ from rlhf.errors import (
     Stopped,
     StorageError,
     UserError,
-    describe_stop,
 )
 from rlhf.pipeline import StagePlan, begin_stage, default_run_folder, plan_stage, preflight
 from rlhf.preferences.waiting import people_wanted, wait_as_configured, what_to_do
@@ -43,7 +42,7 @@ from rlhf.runs import console, manifest
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.report import write_report
-from rlhf.studies.arms import run_study
+from rlhf.studies.arms import check_alone, run_study
 from rlhf.terminal import forgive_all, say, warn
 from rlhf.worker import exit_code_of, explain, leave, note_stop, run_stage
 
@@ -68,7 +67,7 @@ def supervise(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
     if config.launcher.type == "slurm":
         return sbatch.write_job(config, _prepare(config).path, command)
     place = place_of(config.distributed, os.environ)
-    _check_study(config, alone=place is None and not under_launcher(os.environ))
+    check_alone(config, alone=place is None and not under_launcher(os.environ))
     if place is not None:
         return _supervise_node(config, place, command, debug)
     adopt_slurm(os.environ)
@@ -77,16 +76,6 @@ def supervise(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
     run = _prepare(config)
     with run.lock():
         return _run(config, run, command, debug)
-
-
-def _check_study(config: RLHFConfig, *, alone: bool) -> None:
-    studies = [stage for stage in config.stages if stage in STUDIES_OF_RUNS]
-    if studies and not alone:
-        raise ConfigError(
-            f"stage {studies[0]} runs whole pipelines one after the other and starts their processes itself, on one "
-            "node: run it by `rlhf run` without torchrun, accelerate, deepspeed or srun and without "
-            "distributed.num_nodes. distributed.num_processes counts the processes of each."
-        )
 
 
 def _run(
@@ -305,40 +294,9 @@ def _run_in_ranks(
         fields["stopped"] = {**note, "signal": signal.Signals(stopped_by).name}
     with _FAILED_ALREADY:
         manifest.update_stage(run, plan.name, **fields, seconds=round(time.monotonic() - started, 3))
-    for line in _ending(plan.name, result, stopped_by, note) if result.exit_code != EXIT_WAITING else ():
+    for line in ending(plan.name, result, stopped_by, note) if result.exit_code != EXIT_WAITING else ():
         warn(f"rlhf: {line}")
     return result.exit_code
-
-
-def _ending(name: StageName, result: LaunchResult, stopped_by: int | None, note: object) -> Iterator[str]:
-    """What is said of ranks that did not end well; rank 0 has explained its own failure."""
-    for failure in result.while_stopping or (result,):
-        if failure.rank is not None and failure.log_tail and (stopped_by is None or failure is not result):
-            when = "" if stopped_by is None else " while stopping"
-            yield f"{failure.culprit} failed{when}; the end of its log:\n{failure.log_tail}"
-    if stopped_by is not None:
-        yield f"stage {name}: {_how_it_stopped(result, stopped_by, note)}"
-    elif result.exit_code > 128 or result.problem:
-        yield f"stage {name}: {result.describe()}"
-
-
-def _how_it_stopped(result: LaunchResult, number: int, note: object) -> str:
-    """`note` is what rank 0 left about its stop, None when it could not."""
-    if isinstance(note, dict):
-        return describe_stop(number, note.get("step"))
-    stopped = f"stopped by {signal.Signals(number).name}"
-    if result.while_stopping:
-        first = result.while_stopping[0]
-        return (
-            f"{stopped}, but could not write its checkpoint: {first.describe()}; the same command goes on from the "
-            "checkpoint before"
-        )
-    if result.killed:
-        return (
-            f"{stopped} without time for a checkpoint; the same command goes on from the one before. "
-            "distributed.stop_seconds is the time that a stop may take"
-        )
-    return describe_stop(number, None)
 
 
 def _record_finished(run: RunFolder, name: StageName) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from rlhf.config import RLHFConfig, StageName, config_from_values
-from rlhf.errors import EXIT_SUCCESS, ArtifactError
+from rlhf.config import STUDIES_OF_RUNS, RLHFConfig, StageName, config_from_values
+from rlhf.errors import EXIT_SUCCESS, ArtifactError, ConfigError
 from rlhf.runs.exhibits import Exhibits
 from rlhf.runs.folder import RunFolder, StageResult
 from rlhf.terminal import say
@@ -49,6 +49,17 @@ class Study(Protocol):
 
 # Runs one arm to its end under a config of its own; returns the exit code.
 RunArm = Callable[[RLHFConfig], int]
+
+
+def check_alone(config: RLHFConfig, *, alone: bool) -> None:
+    """A study of runs starts every process itself: raises `ConfigError` where another launcher or node takes part."""
+    studies = [stage for stage in config.stages if stage in STUDIES_OF_RUNS]
+    if studies and not alone:
+        raise ConfigError(
+            f"stage {studies[0]} runs whole pipelines one after the other and starts their processes itself, on one "
+            "node: run it by `rlhf run` without torchrun, accelerate, deepspeed or srun and without "
+            "distributed.num_nodes. distributed.num_processes counts the processes of each."
+        )
 
 
 def study_of(name: StageName) -> Study:

@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     # What each stage reads.
     "stage_inputs": _EVERYTHING,
     "worker": _EVERYTHING,
-    "supervisor": _EVERYTHING,
+    "supervisor": _EVERYTHING | {"studies"},
     "doctor": _EVERYTHING,
     "cli": _EVERYTHING | {"doctor", "serving"},
     "__main__": {"cli"},

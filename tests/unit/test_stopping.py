@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rlhf import supervisor
-from rlhf.distributed import stopping
+from rlhf.distributed import endings, stopping
 from rlhf.distributed.peers import LaunchResult
 from rlhf.errors import EXIT_STOPPED, Stopped, describe_stop
 from rlhf.runs import manifest
@@ -30,7 +30,7 @@ from tests.stage_example import metrics_of, weight_bytes
 SCRIPT_START = """
 import os, sys, time
 from types import SimpleNamespace
-from rlhf.distributed import stopping
+from rlhf.distributed import endings, stopping
 from rlhf.errors import Stopped
 alone = SimpleNamespace(world_size=1, is_main=True, stop_seconds=25, barrier=lambda: None)
 def say(text):
@@ -170,7 +170,7 @@ def test_the_message_says_what_is_on_disk() -> None:
 def test_the_message_says_why_there_is_no_checkpoint(
     result: LaunchResult, note: dict[str, Any] | None, said: list[str]
 ) -> None:
-    lines = list(supervisor._ending("ppo", result, 15, note))
+    lines = list(endings.ending("ppo", result, 15, note))
     assert len(lines) == len(said)
     for line, part in zip(lines, said, strict=True):
         assert part in line
