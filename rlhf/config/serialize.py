@@ -54,9 +54,7 @@ def config_from_file(path: Path | str) -> RLHFConfig:
     return validate(draft, Findings())
 
 
-def config_from_values(
-    values: Mapping[str, Any], source: str, context: Mapping[str, Any] | None = None
-) -> RLHFConfig:
+def config_from_values(values: Mapping[str, Any], source: str, context: Mapping[str, Any] | None = None) -> RLHFConfig:
     """The config of values as `model_dump(mode="json")` gives them; `source` names who set them in errors.
 
     `context` is pydantic's. Raises `ConfigError` that names every mistake.

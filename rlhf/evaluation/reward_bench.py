@@ -54,6 +54,7 @@ TIES = "Ties"
 # among right ones, that also for the reference prompt, and by how much.
 TIES_WEIGHTS = (0.30, 0.30, 0.20, 0.20, 0.01)
 _NO_SUBSET = "(no subset)"
+_KEPT = ("id", "chosen_model", "rejected_model")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _parse(row: Row) -> BenchmarkRow:
     else:
         raise RowError(f"field 'prompt' is a text or a list of messages, found {json_type(prompt)}")
     subset = fields.get("subset")
-    columns = {name: fields[name] for name in ("id", "chosen_model", "rejected_model") if name in fields}
+    columns: dict[str, Any] = {name: fields[name] for name in _KEPT if name in fields}
     sides = {name: _responses(fields.get(name), name) for name in ("chosen", "rejected")}
     named = subset.strip() if isinstance(subset, str) and subset.strip() else _NO_SUBSET
     return BenchmarkRow(content, sides["chosen"], sides["rejected"], named, columns)
@@ -152,8 +153,8 @@ def benchmark_report(
     """Accuracy by subset, section and in total, as plain JSON values.
 
     `scores` has None where a response is too long for the model; such rows count nowhere but in `num_too_long`. Subsets
-    that the benchmark does not have are listed under `other_subsets` and count in no section. Intervals are Wilson's for
-    subsets; for weighted means of them theirs put together (Zou and Donner 2008, MOVER).
+    that the benchmark does not have are listed under `other_subsets` and count in no section. Intervals are Wilson's
+    for subsets; for weighted means of them theirs put together (Zou and Donner 2008, MOVER).
     """
     scored = [(row, given) for row, given in zip(rows, scores, strict=True) if given is not None]
     second = is_second(rows)
@@ -260,8 +261,7 @@ def _ties_score(members: Sequence[tuple[BenchmarkRow, RowScores]], resampling: R
 def _ties_parts(tied: tuple[float, float], reference_gap: float) -> Any:
     gap, spread = tied
     narrow = min(gap, reference_gap)
-    if spread == 0:
-        wider = 0.0 if narrow == 0 else math.copysign(1.0, narrow)
-    else:
-        wider = math.tanh(narrow / spread - 1)
+    # Without a spread the ratio is infinite, and 0 / 0 counts as 0.
+    without = 0.0 if narrow == 0 else math.copysign(1.0, narrow)
+    wider = math.tanh(narrow / spread - 1) if spread else without
     return np.array([gap > 0, reference_gap > 0, gap > spread, narrow > spread, wider], dtype=np.float64)

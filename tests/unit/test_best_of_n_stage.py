@@ -105,7 +105,7 @@ def test_a_response_scored_alone_without_padding_has_the_same_score(models: Path
                 device=torch.device("cpu"),
             )
             ids = torch.cat([alone.prompt_ids, alone.response_ids[alone.response_mask][None]], dim=1)
-            score = response_scores(scalar, ids, torch.ones_like(ids, dtype=torch.bool)).item()
+            score = response_scores(scalar, ids, torch.ones_like(ids, dtype=torch.bool), None).item()
             assert row["lengths"][sample] == int(alone.response_mask.sum())
             assert row["rewards"]["learned"][sample] == pytest.approx(score, abs=1e-3)
             text = decode_responses(tokenizer, alone.response_ids, alone.response_mask)[0]
@@ -115,7 +115,7 @@ def test_a_response_scored_alone_without_padding_has_the_same_score(models: Path
 def test_the_best_are_demonstrations_with_their_scores(models: Path) -> None:
     best = rows_of(models, "run", "best.jsonl")
     for row, scores in zip(best, rows_of(models, "run"), strict=True):
-        assert row["picked_by"] == "learned" and row["n"] == SAMPLES
+        assert (row["picked_by"], row["n"]) == ("learned", SAMPLES)
         place = scores["rewards"]["learned"].index(max(scores["rewards"]["learned"]))
         assert row["scores"] == {name: values[place] for name, values in scores["rewards"].items()}
         prompt = prompt_from_json(row["prompt"])
@@ -247,7 +247,7 @@ def test_what_is_missing_is_said_before_anything_runs(models: Path, tmp_path: Pa
         check(policy=policy, rewards={"gold": {"type": "gold"}})
     with pytest.raises(ConfigError, match=r"best_of_n\.rewards\.g\.type=gold needs data=embedded"):
         check(files, policy=policy, rewards={"g": {"type": "gold"}, "b": {"type": "length"}}, judge="g")
-    with pytest.raises(ConfigError, match=r"best_of_n\.rewards\.p\.path=.*nowhere"):
+    with pytest.raises(ConfigError, match=r"best_of_n\.rewards\.p\.path: there is no model folder .*nowhere"):
         check(policy=policy, rewards={"p": {"type": "model", "path": str(tmp_path / "nowhere")}})
 
 

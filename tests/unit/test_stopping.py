@@ -30,7 +30,7 @@ from tests.stage_example import metrics_of, weight_bytes
 SCRIPT_START = """
 import os, sys, time
 from types import SimpleNamespace
-from rlhf.distributed import endings, stopping
+from rlhf.distributed import stopping
 from rlhf.errors import Stopped
 alone = SimpleNamespace(world_size=1, is_main=True, stop_seconds=25, barrier=lambda: None)
 def say(text):
