@@ -16,7 +16,7 @@ from rlhf.errors import ConfigError
 from rlhf.records import Comparison, Demonstration, Prompt, PromptContent, RatedResponse
 
 # Raised when the same files and config would give other records than before, so that finished stages run again.
-LOADER_VERSION = 1
+LOADER_VERSION = 2
 
 
 def load_prompts(config: DataConfig) -> Splits[Prompt]:
