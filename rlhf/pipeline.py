@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf import data
 from rlhf.config import STUDIES, STUDIES_OF_RUNS, RLHFConfig, StageName
+from rlhf.config.active_selection import check_active_selection
 from rlhf.config.best_of_n import best_of_n_rewards
 from rlhf.config.peft import lora_content
 from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
@@ -26,7 +27,7 @@ from rlhf.data.templates import chat_template
 from rlhf.distributed.zero import check_user_entries
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.paths import base_of, check_model_path, is_adapter, is_ensemble, is_local, member_folders
-from rlhf.preferences.annotators.checks import check_annotators
+from rlhf.preferences.annotators.checks import check_annotators, check_store
 from rlhf.preferences.rounds import earlier_labels
 from rlhf.preferences.waiting import store_path
 from rlhf.rewards import checks as reward_checks
@@ -49,11 +50,15 @@ _BOOKKEEPING = {
     "baseline",
     "comparisons",
     "ratings",
+    "benchmark",
 }
 
 
 # Sections that decide where and how a study's arms are run, not what comes out.
-_NOT_OF_ARMS = {"run", "tracking", "plan", "launcher", "zero", "distributed", "stages", "experiment"}
+_NOT_OF_ARMS = {
+    *("run", "tracking", "plan", "launcher", "zero", "distributed", "stages", "experiment"),
+    "reward_report",
+}
 
 
 @dataclass(frozen=True)
@@ -108,14 +113,33 @@ def _check_data_fits(config: RLHFConfig, run: RunFolder) -> None:
             f"reward_model.loss.type=rating needs rated responses, and data.type={kind} has none: set "
             "reward_model.ratings=FOLDER, or take data=files or data=hub with rows of prompt, response and rating."
         )
+    if "active_selection" in config.stages:
+        check_active_selection(config, config.distributed.world_size)
+    if "dpo" in config.stages and kind == "embedded" and "comparisons" not in inputs_of(config, run, "dpo"):
+        raise ConfigError(
+            "stage dpo needs comparisons: data=embedded has none of its own, and this run has no finished stage "
+            "collect. Add collect to stages, or set dpo.comparisons=FOLDER."
+        )
     if "best_of_n" in config.stages:
         _check_judge(config.best_of_n.judge, list(best_of_n_rewards(config)), kind)
+    if "reward_report" in config.stages:
+        _check_report_fits(config, run)
     judges = {"gold": "embedded", "classifier": "labelled_text"}
     judge = config.evaluate.judge.type
     if "evaluate" in config.stages and judges.get(judge, kind) != kind:
         raise ConfigError(
             f"evaluate.judge.type={judge} needs data={judges[judge]}; data.type is {kind}. "
             "Set evaluate.judge.type=reward_model."
+        )
+
+
+def _check_report_fits(config: RLHFConfig, run: RunFolder) -> None:
+    """Something to report on."""
+    inputs = inputs_of(config, run, "reward_report")
+    if not (data.gives_comparisons(config.data) or "comparisons" in inputs or "benchmark" in inputs):
+        raise ConfigError(
+            f"stage reward_report has nothing to score: data.type={config.data.type} has no comparisons of its own. "
+            "Set reward_report.comparisons=FOLDER or reward_report.benchmark=FILE, or take data=files or data=hh_rlhf."
         )
 
 
@@ -160,6 +184,7 @@ def _check_gold(config: RLHFConfig) -> None:
 _SECTION_KEYS: dict[tuple[StageName, str], str] = {
     ("sft", "base"): "model.path",
     ("best_of_n", "reward_model"): "best_of_n.rewards",
+    ("active_selection", "base"): "reward_model.base",
 }
 
 
@@ -172,6 +197,7 @@ def preflight(config: RLHFConfig, run: RunFolder) -> None:
         _check_data_fits(config, run)
         if "collect" in stages:
             check_annotators(config.preferences.annotator, config.data, "preferences.annotator")
+            check_store(config.preferences.store, "preferences.store")
         if "ppo" in stages:
             reward_checks.preflight(config.ppo.rewards, config.data)
         if "best_of_n" in stages:
@@ -189,7 +215,13 @@ def preflight(config: RLHFConfig, run: RunFolder) -> None:
             key = name if name.startswith("preferences.") else f"{stage}.{name}"
             if "." not in name and getattr(getattr(config, stage), name, None) is None:
                 key = _SECTION_KEYS.get((stage, name), key)
-            if name in ("comparisons", "ratings"):
+            if name == "benchmark":
+                from rlhf.evaluation.reward_bench import check_benchmark  # numpy, which nothing else here needs
+
+                check_benchmark(path, key)
+            elif stage == "reward_report" and name == "comparisons":
+                _check_splits(path, key, config.reward_report.splits)
+            elif name in ("comparisons", "ratings"):
                 _check_comparisons(path, key)
             else:
                 _check_model(path, key)
@@ -208,6 +240,16 @@ def _check_comparisons(path: str, key: str) -> None:
         raise ConfigError(
             f"{key}={path}: expected a folder with train.jsonl (and validation.jsonl, test.jsonl) as stage collect "
             f"writes it; {Path(path).absolute() / 'train.jsonl'} is not there."
+        )
+
+
+def _check_splits(path: str, key: str, splits: Sequence[str]) -> None:
+    names = [f"{split}.jsonl" for split in splits]
+    if not any((Path(path) / name).is_file() for name in names):
+        raise ConfigError(
+            f"{key}={path}: expected a folder of comparisons as stage collect or `rlhf preferences export` with "
+            f"format=jsonl writes it, with {' or '.join(names)} (reward_report.splits). Other layouts are read with "
+            "data=files data.path=PATH."
         )
 
 
@@ -233,6 +275,8 @@ def decided_by(
     section: dict[str, Any] = getattr(config, stage).model_dump(mode="json")
     if stage == "closed_form":
         section["ppo"] = config.ppo.model_dump(mode="json")
+    if stage == "active_selection":
+        section |= _active_selection_content(config)
     if stage in STUDIES_OF_RUNS:
         # Its arms are runs that differ from this one in some keys, so all that decides a run decides it.
         whole = config.model_dump(mode="json", exclude=_NOT_OF_ARMS)
@@ -257,6 +301,18 @@ def decided_by(
         "chat_template": None if template is None else chat_template(template),
         "data": [config.data.model_dump(mode="json", exclude={"path"}), data_hash],
         "inputs": {name: _content(path, config.model.revision) for name, path in sorted(inputs.items())},
+    }
+
+
+def _active_selection_content(config: RLHFConfig) -> dict[str, Any]:
+    """How the study samples, who labels, and how its reward models are trained."""
+    trained = config.reward_model.model_dump(mode="json", exclude={*_BOOKKEEPING, "normalization", "log_every"})
+    return {
+        "sampling": config.collect.sampling.model_dump(mode="json"),
+        "preferences": decisive_content(config.preferences),
+        "rewards": reward_checks.content_hash(annotator_rewards(config.preferences)),
+        # "reward_model" would be where an input lies.
+        "training": trained,
     }
 
 

@@ -33,6 +33,9 @@ def inputs_of(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str,
     sft = own_model(config, run, "sft")
     if stage in STUDIES_OF_RUNS:
         return {"policy": required(getattr(config, stage).policy or sft, stage, "policy", "sft")}
+    if stage == "active_selection":
+        policy = required(config.active_selection.policy or sft, stage, "policy", "sft")
+        return {"policy": policy, "base": config.reward_model.base or policy}
     if stage == "sft":
         base = config.sft.base or config.model.path
         return {} if base is None else {"base": base}
@@ -42,7 +45,7 @@ def inputs_of(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str,
     if stage == "reward_model":
         base = required(config.reward_model.base or sft or config.model.path, stage, "base", "sft")
         inputs = {"base": base}
-        collected = "collect" in config.stages or run.stage("collect").read_result() is not None
+        collected = _collected(config, run)
         if config.reward_model.ratings is not None:
             inputs["ratings"] = config.reward_model.ratings
         elif collected and collects_ratings(config):
@@ -52,12 +55,16 @@ def inputs_of(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str,
         elif collected:
             inputs["comparisons"] = str(run.stage("collect").path / "comparisons")
         return inputs
+    if stage == "reward_report":
+        return _report_inputs(config, run)
     if stage == "ppo":
         return _ppo_inputs(config, run, sft)
+    if stage == "dpo":
+        return _dpo_inputs(config, run, sft)
     if stage == "best_of_n":
         return _best_of_n_inputs(config, run, sft)
     if stage == "evaluate":
-        policy = required(config.evaluate.policy or own_model(config, run, "ppo"), stage, "policy", "ppo")
+        policy = required(config.evaluate.policy or _trained_policy(config, run), stage, "policy", "ppo")
         baseline = required(config.evaluate.baseline or sft, stage, "baseline", "sft")
         inputs = {"policy": policy, "baseline": baseline, "reference": config.evaluate.reference or baseline}
         reward_model = config.evaluate.reward_model or own_model(config, run, "reward_model")
@@ -67,6 +74,26 @@ def inputs_of(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str,
             required(None, stage, "reward_model", "reward_model")
         return inputs
     return {}
+
+
+def _report_inputs(config: RLHFConfig, run: RunFolder) -> dict[str, str]:
+    """The reward model; the comparisons that are named, or that this run's own learnt from; the benchmark's file."""
+    section = config.reward_report
+    model = required(
+        section.reward_model or own_model(config, run, "reward_model"), "reward_report", "reward_model", "reward_model"
+    )
+    inputs = {"reward_model": model}
+    comparisons = section.comparisons
+    if comparisons is None and section.reward_model is None:
+        collected = _collected(config, run)
+        comparisons = config.reward_model.comparisons
+        if comparisons is None and collected:
+            comparisons = str(run.stage("collect").path / "comparisons")
+    if comparisons is not None:
+        inputs["comparisons"] = comparisons
+    if section.benchmark is not None:
+        inputs["benchmark"] = section.benchmark
+    return inputs
 
 
 def _ppo_inputs(config: RLHFConfig, run: RunFolder, sft: str | None) -> dict[str, str]:
@@ -88,6 +115,29 @@ def _ppo_inputs(config: RLHFConfig, run: RunFolder, sft: str | None) -> dict[str
                 "or name a model in ppo.value_model."
             )
         inputs["value_model"] = reward_model
+    return inputs
+
+
+def _collected(config: RLHFConfig, run: RunFolder) -> bool:
+    """Whether this run has comparisons of its own, or will have."""
+    return "collect" in config.stages or run.stage("collect").read_result() is not None
+
+
+def _trained_policy(config: RLHFConfig, run: RunFolder) -> str | None:
+    """What stage evaluate judges: the model of ppo or, of a run that has dpo and no ppo, of dpo."""
+    trained: tuple[StageName, ...] = ("ppo", "dpo")
+    listed = [stage for stage in trained if stage in config.stages]
+    return next((model for stage in listed or trained if (model := own_model(config, run, stage)) is not None), None)
+
+
+def _dpo_inputs(config: RLHFConfig, run: RunFolder, sft: str | None) -> dict[str, str]:
+    section = config.dpo
+    policy = required(section.policy or sft, "dpo", "policy", "sft")
+    inputs = {"policy": policy, "reference": section.reference or policy}
+    if section.comparisons is not None:
+        inputs["comparisons"] = section.comparisons
+    elif _collected(config, run):
+        inputs["comparisons"] = str(run.stage("collect").path / "comparisons")
     return inputs
 
 

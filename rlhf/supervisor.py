@@ -49,10 +49,10 @@ from rlhf.worker import exit_code_of, explain, leave, note_stop, run_stage
 # What a run is, as far as its default folder is concerned: everything but where it lives, what is logged besides, on
 # how many processes, sharded how, and in what portions it is computed: those may change from attempt to attempt.
 _NOT_IDENTITY = (
-    *("run", "tracking", "stages", "plan", "launcher", "zero"),
+    *("run", "tracking", "stages", "plan", "launcher", "zero", "reward_report"),
     *(f"preferences.{key}" for key in PREFERENCES_BOOKKEEPING),
     *(f"distributed.{key}" for key in DistributedConfig.model_fields if key != "precision"),
-    *(f"{stage}.{key}" for stage in ("sft", "reward_model") for key in sorted(TRAINING_BOOKKEEPING)),
+    *(f"{stage}.{key}" for stage in ("sft", "reward_model", "dpo") for key in sorted(TRAINING_BOOKKEEPING)),
     *(f"ppo.{key}" for key in sorted(PPO_BOOKKEEPING)),
 )
 # How long the other ranks of another launcher wait for rank 0 to write down that the run was stopped.

@@ -28,10 +28,13 @@ STAGE_MODULES: dict[str, str] = {
     "sft": "rlhf.stages.sft",
     "collect": "rlhf.stages.collect",
     "reward_model": "rlhf.stages.reward_model",
+    "reward_report": "rlhf.stages.reward_report",
     "ppo": "rlhf.stages.ppo.loop",
+    "dpo": "rlhf.stages.dpo",
     "best_of_n": "rlhf.stages.best_of_n",
     "evaluate": "rlhf.stages.evaluate",
     "closed_form": "rlhf.studies.closed_form",
+    "active_selection": "rlhf.studies.active_selection",
 }
 
 

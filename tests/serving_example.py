@@ -13,11 +13,12 @@ from typing import Any
 from rlhf.config import load_config
 from rlhf.config.zero import ZeroConfig
 from rlhf.distributed.runtime import Runtime
+from rlhf.listening import address, listen
 from rlhf.serving.app import make_app
 from rlhf.serving.batching import Batcher
 from rlhf.serving.command import check, describe, load_rewards, served_keys
 from rlhf.serving.scoring import ServedRewards
-from rlhf.serving.server import Server, address_of, bind
+from rlhf.serving.server import Server
 
 
 class Running:
@@ -38,14 +39,14 @@ def serving(*arguments: str, token: str | None = None) -> Iterator[Running]:
     rewards = load_rewards(config, runtime)
     served = ServedRewards(rewards, config.serve.max_batch_size, runtime.device)
     batcher = Batcher(served, config.serve.max_wait_ms / 1000, config.serve.max_waiting_rows)
-    bound, ready = bind(config.serve), threading.Event()
+    bound, ready = listen(config.serve.host, config.serve.port, "serve."), threading.Event()
     app = make_app(config.serve, batcher, describe(config, rewards, runtime), token)
     server = Server(app, config.serve, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
         assert ready.wait(30)
-        yield Running(address_of(bound, config.serve), batcher, served)
+        yield Running(address(config.serve.host, bound.getsockname()[1]), batcher, served)
     finally:
         server.should_exit = True
         thread.join()

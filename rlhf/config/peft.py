@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,8 +11,8 @@ from rlhf.config.base import PositiveFloat, PositiveInt, Section
 if TYPE_CHECKING:
     from rlhf.config.root import RLHFConfig
 
-TrainingStage = Literal["sft", "reward_model", "ppo"]
-TRAINING_STAGES: tuple[TrainingStage, ...] = ("sft", "reward_model", "ppo")
+TrainingStage = Literal["sft", "reward_model", "ppo", "dpo"]
+TRAINING_STAGES: tuple[TrainingStage, ...] = get_args(TrainingStage)
 
 
 class NoPEFT(Section):

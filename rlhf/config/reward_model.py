@@ -129,6 +129,9 @@ class RewardModelConfig(TrainingConfig):
     comparisons: str | None = Field(
         None, description="folder of comparisons; null takes this run's collection, else the data's own"
     )
+    num_comparisons: PositiveInt | None = Field(
+        None, description="learn from the first so many comparisons of the training split; null: all"
+    )
     ratings: str | None = Field(
         None, description="folder of rated responses for loss.type=rating; null takes the data's own"
     )
@@ -153,6 +156,10 @@ class RewardModelConfig(TrainingConfig):
             raise ValueError(
                 f"center_coefficient charges the sum of a pair's scores, and loss.type={self.loss.type} has no pairs: "
                 "set it to 0"
+            )
+        if self.num_comparisons is not None and self.loss.type == "rating":
+            raise ValueError(
+                "num_comparisons counts comparisons, and loss.type=rating learns from ratings: set it to null"
             )
         if self.bootstrap and self.num_members == 1:
             raise ValueError("bootstrap makes the members of an ensemble differ; set num_members to 2 or more")

@@ -7,11 +7,13 @@ from typing import Literal, get_args
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from rlhf.config.active_selection import ActiveSelectionConfig
 from rlhf.config.base import NonNegativeInt, Section
 from rlhf.config.best_of_n import BestOfNConfig
 from rlhf.config.closed_form import ClosedFormConfig
 from rlhf.config.data import DataConfig, EmbeddedData
 from rlhf.config.distributed import DistributedConfig
+from rlhf.config.dpo import DPOConfig
 from rlhf.config.iterated import IteratedConfig
 from rlhf.config.launcher import LauncherConfig
 from rlhf.config.model import ModelConfig
@@ -21,6 +23,7 @@ from rlhf.config.plan import PlanConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.preferences import PreferencesConfig
 from rlhf.config.reward_model import RewardModelConfig
+from rlhf.config.reward_report import RewardReportConfig
 from rlhf.config.run import RunConfig
 from rlhf.config.serve import ServeConfig
 from rlhf.config.stages import CollectConfig, EvaluateConfig, SFTConfig
@@ -31,10 +34,13 @@ StageName = Literal[
     "sft",
     "collect",
     "reward_model",
+    "reward_report",
     "ppo",
+    "dpo",
     "best_of_n",
     "evaluate",
     "closed_form",
+    "active_selection",
     "iterated",
     "overoptimisation",
     "noisy_labels",
@@ -43,9 +49,9 @@ StageName = Literal[
 STAGES: tuple[StageName, ...] = get_args(StageName)
 # What stands by itself. Those of the second kind run whole pipelines as their arms.
 STUDIES_OF_RUNS: tuple[StageName, ...] = ("iterated", "overoptimisation", "noisy_labels")
-STUDIES: tuple[StageName, ...] = ("closed_form", *STUDIES_OF_RUNS)
+STUDIES: tuple[StageName, ...] = ("closed_form", "active_selection", *STUDIES_OF_RUNS)
 # Stages that a run has when its config says so.
-OPTIONAL: tuple[StageName, ...] = ("best_of_n",)
+OPTIONAL: tuple[StageName, ...] = ("reward_report", "dpo", "best_of_n")
 PIPELINE: tuple[StageName, ...] = tuple(stage for stage in STAGES if stage not in (*STUDIES, *OPTIONAL))
 
 # Key of pydantic's context: a config to plan may have batches that its ranks could not share.
@@ -70,10 +76,13 @@ class RLHFConfig(Section):
     collect: CollectConfig = CollectConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
+    reward_report: RewardReportConfig = RewardReportConfig()
     ppo: PPOConfig = PPOConfig()
+    dpo: DPOConfig = DPOConfig()
     best_of_n: BestOfNConfig = BestOfNConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     closed_form: ClosedFormConfig = ClosedFormConfig()
+    active_selection: ActiveSelectionConfig = ActiveSelectionConfig()
     iterated: IteratedConfig = IteratedConfig()
     overoptimisation: OveroptimisationConfig = OveroptimisationConfig()
     noisy_labels: NoisyLabelsConfig = NoisyLabelsConfig()
@@ -106,6 +115,7 @@ class RLHFConfig(Section):
             sizes = {
                 "sft": f"sft.batch_size ({self.sft.batch_size})",
                 "reward_model": f"reward_model.batch_size ({self.reward_model.batch_size})",
+                "dpo": f"dpo.batch_size ({self.dpo.batch_size})",
                 "ppo": f"ppo.batch_size / ppo.num_minibatches ({self.ppo.batch_size // self.ppo.num_minibatches})",
             }
             names = "distributed.num_processes"
@@ -125,6 +135,7 @@ def uneven_batches(config: RLHFConfig) -> dict[str, int]:
     steps = {
         "sft": ranks,
         "reward_model": ranks,
+        "dpo": ranks,
         "ppo": math.lcm(ranks * config.ppo.num_minibatches, config.ppo.responses_per_prompt),
     }
     found: dict[str, int] = {}

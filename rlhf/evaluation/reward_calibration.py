@@ -68,8 +68,8 @@ def calibration(rows: ScoredRows, resampling: Resampling, num_bins: int = 10) ->
     def of_resamples(weights: Floats) -> Floats:
         total = weights.sum(axis=1)
         error = np.abs(weights @ (member * (likely - confident)[:, None])).sum(axis=1)
-        sums: Floats = np.stack([weights @ lost, weights @ squared, error], axis=1)
-        return sums / total[:, None]
+        means: Floats = np.stack([weights @ lost, weights @ squared, error], axis=1) / total[:, None]
+        return means
 
     entropy, brier, error = over_prompts(rows, of_resamples, resampling)
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -17,28 +17,55 @@ _SLICES = {
     "margin": "stated margin",
     "turns": "turns of the conversation",
 }
-_NUM_TEXTS = 10
-_LONGEST_TEXT = 160
 
 
-def quality_exhibits(report: Mapping[str, Any], mistakes: Sequence[Mapping[str, Any]], title: str) -> Exhibits:
+def quality_exhibits(report: Mapping[str, Any], title: str) -> Exhibits:
     """What the report, the console and the files show of `reward_quality`; `title` begins the tables' titles."""
     tables = [_summary(report, title), _slice_table(report, title), _calibration_table(report, title)]
     if "member_accuracy" in report["ensemble"]:
         tables.append(_ensemble_table(report, title))
-    if mistakes:
-        tables.append(_mistakes_table(mistakes, title))
     return Exhibits(tuple(tables), (_figure(report, title),))
 
 
-def _cell(figure: Any) -> Cell:
-    """A figure, or why it is not there."""
-    if isinstance(figure, Mapping) and "not_defined" in figure:
-        return f"not defined: {figure['not_defined']}"
-    return figure
+def benchmark_exhibits(report: Mapping[str, Any], name: str) -> Exhibits:
+    """What is shown of `benchmark_report`; `name` is that of the file."""
+    title = {"rewardbench": "RewardBench", "rewardbench2": "RewardBench 2"}[report["layout"]]
+    rows: list[tuple[Cell, ...]] = [(section, _short(found)) for section, found in report.get("sections", {}).items()]
+    rows.append(("total", _short(report["total"])))
+    rows += [
+        (label, _short(report[key]))
+        for key, label in (("prior_sets", "prior sets"), ("total_with_prior_sets", "total with prior sets"))
+        if key in report
+    ]
+    notes = [f"{report['num_rows']} rows of {name}."]
+    if report["num_too_long"]:
+        notes.append(f"{report['num_too_long']} are too long for the model and count nowhere.")
+    if report["num_equal_scores"]:
+        notes.append(f"{report['num_equal_scores']} have equal scores, which is no success.")
+    if "not_defined" in report["total"]:
+        notes.append(f"No total: {report['total']['not_defined']}.")
+    subsets = [
+        (subset, where, str(found["num"]), _short(found["accuracy"]))
+        for where, group in (("benchmark", report["subsets"]), ("other", report["other_subsets"]))
+        for subset, found in group.items()
+    ]
+    missing = ", ".join(report["missing_subsets"])
+    return Exhibits(
+        (
+            Table(title, ("section", "score"), tuple(rows), " ".join(notes)),
+            Table(
+                f"{title}: subsets",
+                ("subset", "of", "rows", "score"),
+                tuple(subsets),
+                f"Not in the file: {missing}." if missing else "",
+                details=True,
+            ),
+        )
+    )
 
 
 def _short(figure: Any) -> Cell:
+    """A figure; the note says why it is not there."""
     return "not defined" if isinstance(figure, Mapping) and "not_defined" in figure else figure
 
 
@@ -46,7 +73,7 @@ def _summary(report: Mapping[str, Any], title: str) -> Table:
     """One row a headline number: what the console shows."""
     calibration, length, ceiling = report["calibration"], report["length"], report["ceiling"]
     rows: list[tuple[Cell, ...]] = [
-        ("comparisons without ties", report["num_decided"]),
+        ("comparisons without ties", str(report["num_decided"])),
         ("accuracy", _short(report["accuracy"])),
     ]
     if "value" in report["accuracy_over_prompts"]:
@@ -68,7 +95,10 @@ def _summary(report: Mapping[str, Any], title: str) -> Table:
         ("expected calibration error", calibration["ece"]),
         ("the same, were it calibrated", calibration["ece_if_calibrated"]),
         ("temperature that would calibrate", _short(calibration["temperature"])),
-        (f"Spearman of score with {length['unit']}, a pair's differences", _short(length["difference_spearman"])),
+        (
+            f"rank correlation of a pair's differences in score and {length['unit']}",
+            _short(length["difference_spearman"]),
+        ),
     ]
     if "member_accuracy" in report["ensemble"]:
         rows.append(("members' spread where wrong, correlation", _short(report["ensemble"]["spread_and_wrong"])))
@@ -86,7 +116,7 @@ def _slice_table(report: Mapping[str, Any], title: str) -> Table:
             continue
         for group in groups:
             few = " (few)" if group["accuracy"].get("few") else ""
-            cells = _SLICES[name], f"{group['group']}{few}", group["num"], group["num_ties"]
+            cells = _SLICES[name], f"{group['group']}{few}", str(group["num"]), str(group["num_ties"])
             rows.append((*cells, _short(group["accuracy"]), group["margin"]))
     note = f"(few): fewer than {FEW_ROWS} comparisons." + "".join(f" Not sliced by {why}." for why in missing)
     columns = ("slice", "group", "comparisons", "ties", "accuracy", "mean margin of scores")
@@ -95,7 +125,7 @@ def _slice_table(report: Mapping[str, Any], title: str) -> Table:
 
 def _calibration_table(report: Mapping[str, Any], title: str) -> Table:
     rows = tuple(
-        (f"{part['lowest']:.3f} to {part['highest']:.3f}", part["num"], part["confidence"], part["accuracy"])
+        (f"{part['lowest']:.3f} to {part['highest']:.3f}", str(part["num"]), part["confidence"], part["accuracy"])
         for part in report["calibration"]["curve"]
     )
     note = "Confidence is sigmoid(|difference of scores|); bins of equal mass; ties count as half right."
@@ -118,26 +148,6 @@ def _ensemble_table(report: Mapping[str, Any], title: str) -> Table:
     }
     rows += [(label, _short(ensemble[name])) for name, label in names.items()]
     return Table(f"{title}: members", ("measure", "value"), tuple(rows), details=True)
-
-
-def _mistakes_table(mistakes: Sequence[Mapping[str, Any]], title: str) -> Table:
-    rows = []
-    for mistake in mistakes[:_NUM_TEXTS]:
-        comparison = mistake["comparison"]
-        prompt = comparison["prompt"]
-        last = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
-        sides = (_excerpt(comparison[side]) for side in ("chosen", "rejected"))
-        rows.append((_excerpt(last, end=True), *sides, mistake["difference"]))
-    note = f"The first {len(rows)} of mistakes.jsonl, which has the whole texts; prompts are cut at their beginning."
-    columns = ("prompt", "chosen", "rejected, which the model prefers", "difference")
-    return Table(f"{title}: worst mistakes", columns, tuple(rows), note, details=True)
-
-
-def _excerpt(text: str, *, end: bool = False) -> str:
-    plain = " ".join(text.split())
-    if len(plain) <= _LONGEST_TEXT:
-        return plain
-    return f"… {plain[-_LONGEST_TEXT:]}" if end else f"{plain[:_LONGEST_TEXT]} …"
 
 
 def _figure(report: Mapping[str, Any], title: str) -> Figure:

@@ -17,17 +17,18 @@ from rlhf.evaluation.reward_lengths import length_figures
 from rlhf.evaluation.reward_rows import Floats, ScoredRows, figure, not_defined, over_prompts, share, weighted_mean
 from rlhf.evaluation.reward_slices import accuracy_by_slice
 from rlhf.records import to_json
-from rlhf.statistics.annotations import DEFAULT_RESAMPLING, Resampling
+from rlhf.statistics.annotations import Resampling
 
 SCHEMA = "reward_report/1"
 _NUM_HISTOGRAM_BINS = 30
+_RESAMPLING = Resampling(num_resamples=1000)
 
 
 @dataclass(frozen=True)
 class QualitySettings:
     """How intervals are made, the most bins of the calibration curve, and how many mistakes are listed."""
 
-    resampling: Resampling = DEFAULT_RESAMPLING
+    resampling: Resampling = _RESAMPLING
     num_bins: int = 10
     num_mistakes: int = 50
 

@@ -91,7 +91,8 @@ def _by_number(values: Floats, unit: str = "") -> Groups | None:
         codes = np.full(len(values), 0)
         codes[known] = bins
         inside = [values[known][bins == number] for number in range(int(bins.max()) + 1)]
-        labels = [f"{part.min():g} to {part.max():g}{unit}" for part in inside]
+        ranges = [(float(part.min()), float(part.max())) for part in inside]
+        labels = [f"{low:g}{unit}" if low == high else f"{low:g} to {high:g}{unit}" for low, high in ranges]
     return np.where(known, codes, len(labels)).astype(np.int64), [*labels, "unknown"]
 
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf.config.peft import TRAINING_STAGES
 from rlhf.distributed.memory import Measured, MemoryMeter
 from rlhf.planning.memory import Setting
 from rlhf.planning.phases import libraries_bytes, peak_of
 from rlhf.planning.sources import find_sources
-from rlhf.planning.stages import TrainedStage, stage_phases
+from rlhf.planning.stages import PLANNED_STAGES, TrainedStage, stage_phases
 from rlhf.terminal import say
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Predicted bytes of a rank (None: not a training stage, or no plan could be made), and the meter.
+    """Predicted bytes of a rank (None: not a stage that is planned, or no plan could be made), and the meter.
 
     `constant` bytes of the prediction are there whatever the model.
     """
@@ -35,7 +34,7 @@ class StageMemory:
     def start(cls, config: RLHFConfig, stage: str, inputs: Mapping[str, str], runtime: Runtime) -> StageMemory:
         """Plans on rank 0, then starts to measure. Call it when the stage's libraries are imported."""
         predicted = None
-        if runtime.is_main and stage in TRAINING_STAGES:
+        if runtime.is_main and stage in PLANNED_STAGES:
             predicted = _predict(config, stage, inputs, runtime)
         constant = libraries_bytes(running_setting(config, runtime)) if runtime.device.type == "cpu" else 0.0
         return cls(stage, predicted, MemoryMeter.start(runtime.device), constant)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from rlhf.config import RLHFConfig, config_from_values
-from rlhf.config.peft import TRAINING_STAGES, uses_lora
+from rlhf.config.peft import uses_lora
 from rlhf.config.root import UNEVEN_BATCHES, uneven_batches
 from rlhf.errors import ConfigError
 from rlhf.planning.memory import Setting
@@ -17,6 +17,7 @@ from rlhf.planning.phases import Phase, peak_of
 from rlhf.planning.sources import Known, Source, Sources, find_sources
 from rlhf.planning.speed import GPUS, Work, stage_work
 from rlhf.planning.stages import (
+    PLANNED_STAGES,
     TrainedStage,
     rows_of_rollout,
     rows_of_training,
@@ -90,10 +91,10 @@ def make_plan(config: RLHFConfig) -> Plan:
 
     Raises `ConfigError` for models without a config.json, and where there is no training stage to plan.
     """
-    stages = [stage for stage in config.stages if stage in TRAINING_STAGES]
+    stages = [stage for stage in config.stages if stage in PLANNED_STAGES]
     if not stages:
         raise ConfigError(
-            f"stages lists no training stage ({', '.join(TRAINING_STAGES)}), and only those are planned; it lists "
+            f"stages lists no training stage that is planned ({', '.join(PLANNED_STAGES)}; dpo is not); it lists "
             f"{', '.join(config.stages)}"
         )
     known: Known = {}

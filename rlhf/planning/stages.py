@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from rlhf.config import RLHFConfig
 from rlhf.config.peft import LoRAConfig, lora_of
@@ -30,6 +30,7 @@ from rlhf.planning.phases import (
 from rlhf.planning.sources import Source, Sources
 
 TrainedStage = Literal["sft", "reward_model", "ppo"]
+PLANNED_STAGES: tuple[TrainedStage, ...] = get_args(TrainedStage)
 # Bytes a token of the vocabulary while one is drawn: float32 logits, their exponentials, a float64 running sum.
 _DRAWING = 16
 

@@ -23,9 +23,12 @@ from rlhf.preferences.store import (
     Tie,
 )
 from rlhf.preferences.store.content import identity
+from rlhf.records import Prompt, PromptContent
 
 CHUNK_SIZE = 256
 PAGE = "program"
+# The states of an assignment that takes a place of its task.
+_HOLDING = ("leased", "answered")
 # Somebody else was quicker: another run, or a person.
 _TAKEN = ("no_room", "already_labelled", "asked_again", "token_reused")
 
@@ -73,6 +76,25 @@ class LabellingSummary:
             parts.append(f"cost {self.cost:.4g}")
         return ", ".join(parts)
 
+    @property
+    def details(self) -> list[str]:
+        """A line for each annotator that has figures: its counts, and how often it took what was shown first."""
+        lines = []
+        for name, figures in self.figures.items():
+            counts = {key.replace("_", " "): value for key, value in figures.items() if type(value) is int and value}
+            counts.pop("took first", None)
+            parts = [f"{value:,} {noun}" for noun, value in counts.items()]
+            if share := figures.get("first_share"):
+                value, low, high = (100 * share[end] for end in ("value", "low", "high"))
+                parts.append(f"took the response shown first in {value:.1f} % [{low:.1f}, {high:.1f}] of the choices")
+            lines.append(f"{name}: {', '.join(parts)}")
+        return lines
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all programs answered all that they were asked, and there is nothing else to say of them."""
+        return not (self.figures or self.num_abstentions or self.num_missing or self.num_taken)
+
 
 def label_tasks(
     store: PreferenceStore,
@@ -103,11 +125,42 @@ def label_tasks(
 
 @dataclass
 class _Open:
-    """A task with the places that it has, and who is still to be asked."""
+    """A task with the places that it has, what is shown of it, who had it before, and who is still to be asked."""
 
     task: Task
+    prompt: Prompt
+    responses: tuple[ShownResponse, ...]
+    assigned: tuple[str, ...]
     places: int
     waiting: list[TaskAnnotator]
+
+    def attempt(self, annotator: str) -> int:
+        """How often the annotator had the task before."""
+        return self.assigned.count(annotator)
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """What an annotator gave for a task that is open, as it was shown."""
+
+    member: TaskAnnotator
+    opened: _Open
+    shown: ShownTask
+    given: Given
+
+    def label(self) -> MadeLabel:
+        """The label of the answer; an abstention is a skip."""
+        name = self.member.name
+        return MadeLabel(
+            task=self.shown.id,
+            annotator=name,
+            answer=Skip() if self.given.answer is None else self.given.answer,
+            token=identity("label", self.shown.id, name, self.opened.attempt(name)),
+            shown=tuple(one.id for one in self.shown.responses),
+            seconds=self.given.seconds,
+            comment=self.given.comment,
+            page=PAGE,
+        )
 
 
 @dataclass
@@ -121,6 +174,7 @@ class _Work:
     chunk_size: int
     report: Callable[[str], None] | None
     progress: Callable[[int, int], None] | None
+    plans: dict[str, Task] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     by_annotator: Counter[str] = field(default_factory=Counter)
     wanted: int = 0
@@ -128,12 +182,12 @@ class _Work:
     def run(self) -> LabellingSummary:
         for member in self.annotators.members:
             self.store.add_annotator(Annotator(member.name, member.kind, dict(member.settings)))
-        plans = self.store.tasks(self.ids)
-        unknown = [task for task in self.ids if task not in plans]
+        self.plans = self.store.tasks(self.ids)
+        unknown = [task for task in self.ids if task not in self.plans]
         if unknown:
             raise DataError(f"{self.store.path} has no task {unknown[0]!r}; add it before it is labelled")
-        repeats = [task for task in self.ids if plans[task].plan.repeat_of is not None]
-        ordinary = [task for task in self.ids if plans[task].plan.repeat_of is None]
+        repeats = [task for task in self.ids if self.plans[task].plan.repeat_of is not None]
+        ordinary = [task for task in self.ids if self.plans[task].plan.repeat_of is None]
         # What a repeat costs, and who is asked, is known once the originals are answered.
         for ids in (ordinary, repeats):
             chunks = [ids[start : start + self.chunk_size] for start in range(0, len(ids), self.chunk_size)]
@@ -158,7 +212,7 @@ class _Work:
             opened = self._open(chunk)
             for member, batch in _assigned(opened):
                 self.wanted += len(batch)
-                planned[member.name] += self._shown(member, [one.task for one in batch])
+                planned[member.name] += [self._shown(member, one) for one in batch]
         for member in self.annotators.members:
             if planned[member.name]:
                 message = member.prepare(planned[member.name])
@@ -167,27 +221,40 @@ class _Work:
 
     def _open(self, chunk: Sequence[str]) -> list[_Open]:
         """The tasks of a chunk with free places that programs may fill."""
-        tasks = self.store.tasks(chunk)
-        prompts = self.store.prompts({task.prompt for task in tasks.values()})
-        opened = []
-        for task_id in chunk:
-            task = tasks[task_id]
-            live = [one for one in self.store.assignments(task_id) if one.state in ("leased", "answered", "declined")]
-            places = task.plan.num_labels - sum(one.state != "declined" for one in live)
-            if places <= 0:
-                continue
-            prompt = prompts[task.prompt].prompt
-            asked = {one.annotator for one in live}
-            turns = self.annotators.pool_for(prompt).in_turn(
-                self.annotators.seed, prompt, self._key(task), self.numbers.get(task_id)
+        tasks = [self.plans[task] for task in chunk]
+        before = self.store.assignments_of({one for task in tasks for one in (task.id, task.plan.repeat_of) if one})
+        free: dict[str, int] = {}
+        for task in tasks:
+            places = task.plan.num_labels - sum(one.state in _HOLDING for one in before.get(task.id, ()))
+            if places > 0:
+                free[task.id] = places
+        tasks = [task for task in tasks if task.id in free]
+        prompts = self.store.prompts({task.prompt for task in tasks})
+        texts = self.store.responses({one for task in tasks for one in task.plan.responses})
+        return [
+            _Open(
+                task,
+                prompts[task.prompt],
+                tuple(ShownResponse(one, texts[one].text, texts[one].number) for one in task.plan.responses),
+                tuple(one.annotator for one in before.get(task.id, ())),
+                free[task.id],
+                self._waiting(task, prompts[task.prompt].prompt, before),
             )
-            waiting = [one for one in turns if one.name not in asked and task.plan.audience in (None, one.kind)]
-            if task.plan.repeat_of is not None:
-                before = self.store.assignments(task.plan.repeat_of)
-                answered = {one.annotator for one in before if one.state == "answered"}
-                waiting = [one for one in waiting if one.name in answered]
-            opened.append(_Open(task, places, waiting))
-        return opened
+            for task in tasks
+        ]
+
+    def _waiting(
+        self, task: Task, prompt: PromptContent, before: Mapping[str, Sequence[Assignment]]
+    ) -> list[TaskAnnotator]:
+        """Who may be asked about a task, in turn: of its audience, and of a repeat those who answered the original."""
+        seed, pool = self.annotators.seed, self.annotators.pool_for(prompt)
+        asked = {one.annotator for one in before.get(task.id, ()) if one.state in (*_HOLDING, "declined")}
+        turns = pool.in_turn(seed, prompt, self._key(task), self.numbers.get(task.id))
+        waiting = [one for one in turns if one.name not in asked and task.plan.audience in (None, one.kind)]
+        if task.plan.repeat_of is None:
+            return waiting
+        answered = {one.annotator for one in before.get(task.plan.repeat_of, ()) if one.state == "answered"}
+        return [one for one in waiting if one.name in answered]
 
     def _label(self, opened: list[_Open]) -> None:
         """Asks until every place is filled or nobody is left to ask."""
@@ -196,50 +263,34 @@ class _Work:
                 self.counts["for_people"] += one.places
                 one.places = 0
         while batches := list(_assigned(opened)):
-            for member, batch in batches:
-                shown = self._shown(member, [one.task for one in batch])
-                given = member.answer(shown)
-                recorded = self._record(member, shown, given)
-                for one, answer, kept in zip(batch, given, recorded, strict=True):
-                    one.waiting.remove(member)
-                    if answer.answer is not None or not kept:
-                        one.places -= 1
+            answered: list[_Answered] = []
+            try:
+                for member, batch in batches:
+                    if answered and self.progress is not None:
+                        self.progress(self.counts["labels"], self.wanted)
+                    shown = [self._shown(member, one) for one in batch]
+                    given = member.answer(shown)
+                    answered += [_Answered(member, *item) for item in zip(batch, shown, given, strict=True)]
+            finally:
+                # Where an annotator breaks off, what the others have said is kept.
+                self._record(answered)
         self.counts["missing"] += sum(one.places for one in opened)
 
-    def _shown(self, member: TaskAnnotator, tasks: Sequence[Task]) -> list[ShownTask]:
-        """The tasks as the store would show them to this annotator."""
-        prompts = self.store.prompts({task.prompt for task in tasks})
-        texts = self.store.responses({response for task in tasks for response in task.plan.responses})
-        shown = []
-        for task in tasks:
-            attempt = _attempt(self.store.assignments(task.id), member.name)
-            order = sorted(
-                task.plan.responses,
-                key=lambda one: identity("order", self.store.seed, task.id, member.name, attempt, one),
-            )
-            responses = tuple(ShownResponse(one, texts[one].text, texts[one].number) for one in order)
-            prompt = prompts[task.prompt]
-            shown.append(ShownTask(task.id, task.plan.kind, prompt, responses, self._key(task), task.plan.scale))
-        return shown
+    def _shown(self, member: TaskAnnotator, opened: _Open) -> ShownTask:
+        """The task as the store would show it to this annotator."""
+        task, attempt = opened.task, opened.attempt(member.name)
+        responses = sorted(
+            opened.responses,
+            key=lambda one: identity("order", self.store.seed, task.id, member.name, attempt, one.id),
+        )
+        return ShownTask(task.id, task.plan.kind, opened.prompt, tuple(responses), self._key(task), task.plan.scale)
 
     def _key(self, task: Task) -> str:
         return str(self.numbers.get(task.id, task.id))
 
-    def _record(self, member: TaskAnnotator, shown: Sequence[ShownTask], given: Sequence[Given]) -> list[bool]:
-        """Puts the answers into the store; False for those whose task has been filled by others."""
-        labels = [
-            MadeLabel(
-                task=task.id,
-                annotator=member.name,
-                answer=Skip() if answer.answer is None else answer.answer,
-                token=self._token(task, member.name),
-                shown=tuple(one.id for one in task.responses),
-                seconds=answer.seconds,
-                comment=answer.comment,
-                page=PAGE,
-            )
-            for task, answer in zip(shown, given, strict=True)
-        ]
+    def _record(self, answered: Sequence[_Answered]) -> None:
+        """Puts the answers into the store, in one transaction unless the tasks of some have been filled by others."""
+        labels = [one.label() for one in answered]
         try:
             self.store.record(labels)
             kept = [True] * len(labels)
@@ -248,11 +299,13 @@ class _Work:
                 raise
             # One that came too late refuses its whole batch.
             kept = [self._record_one(label) for label in labels]
-        for answer, is_kept in zip(given, kept, strict=True):
-            self._count(member.name, answer, is_kept)
-        if self.progress is not None:
+        for one, is_kept in zip(answered, kept, strict=True):
+            self._count(one.member.name, one.given, is_kept)
+            one.opened.waiting.remove(one.member)
+            if one.given.answer is not None or not is_kept:
+                one.opened.places -= 1
+        if answered and self.progress is not None:
             self.progress(self.counts["labels"], self.wanted)
-        return kept
 
     def _record_one(self, label: MadeLabel) -> bool:
         try:
@@ -262,10 +315,6 @@ class _Work:
                 raise
             return False
         return True
-
-    def _token(self, task: ShownTask, annotator: str) -> str:
-        attempt = _attempt(self.store.assignments(task.id), annotator)
-        return identity("label", task.id, annotator, attempt)
 
     def _count(self, annotator: str, given: Given, kept: bool) -> None:
         if not kept:
@@ -287,8 +336,3 @@ def _assigned(opened: Sequence[_Open]) -> Iterator[tuple[TaskAnnotator, list[_Op
             if member.kind != "human":
                 batches.setdefault(member.name, (member, []))[1].append(one)
     yield from batches.values()
-
-
-def _attempt(assignments: Sequence[Assignment], annotator: str) -> int:
-    """How often the annotator had the task before."""
-    return sum(one.annotator == annotator for one in assignments)

@@ -82,20 +82,26 @@ def disagreement(candidates: Sequence[Candidate], members: Floats) -> Floats:
     return np.array([_pair_variance(candidate, members) for candidate in candidates])
 
 
-def farthest_points(points: Floats, budget: int) -> list[tuple[int, float | None]]:
+def farthest_points(points: Floats, budget: int, *, chosen: Sequence[int] = ()) -> list[tuple[int, float | None]]:
     """k-center greedy: `budget` rows of `points` (C, D), each the farthest from those before, with its distance.
 
     Gonzalez 1985; as active learning Sener and Savarese 2018, "Active learning for convolutional neural networks: a
-    core-set approach", algorithm 1. The first is the row nearest to the mean of all, without a distance; of equally far
-    rows the first counts. The largest distance that is left at the end is at most twice the smallest possible.
+    core-set approach", algorithm 1. Rows that are `chosen` already come before all others and are not among those that
+    are found. Without any the first is the row nearest to the mean of all, without a distance; of equally far rows the
+    first counts. The largest distance that is left at the end is at most twice the smallest possible.
     """
     if budget <= 0 or len(points) == 0:
         return []
-    first = int(np.argmin(np.linalg.norm(points - points.mean(axis=0), axis=1)))
-    found: list[tuple[int, float | None]] = [(first, None)]
-    nearest = np.linalg.norm(points - points[first], axis=1)
-    nearest[first] = -np.inf
-    while len(found) < min(budget, len(points)):
+    found: list[tuple[int, float | None]] = []
+    centers = list(chosen)
+    if not centers:
+        centers = [int(np.argmin(np.linalg.norm(points - points.mean(axis=0), axis=1)))]
+        found.append((centers[0], None))
+    nearest = np.full(len(points), np.inf)
+    for center in centers:
+        nearest = np.minimum(nearest, np.linalg.norm(points - points[center], axis=1))
+    nearest[centers] = -np.inf
+    while len(found) < budget and nearest.max() > -np.inf:
         farthest = int(np.argmax(nearest))
         found.append((farthest, float(nearest[farthest])))
         nearest = np.minimum(nearest, np.linalg.norm(points - points[farthest], axis=1))

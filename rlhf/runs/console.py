@@ -37,6 +37,12 @@ KEY_METRICS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("length", ("ppo/response_length",)),
         ("stopped", ("ppo/stopped_fraction",)),
     ),
+    "dpo": (
+        ("loss", ("dpo/loss",)),
+        ("accuracy", ("dpo/accuracy",)),
+        ("margin", ("dpo/margin",)),
+        ("validation", ("dpo/validation_accuracy",)),
+    ),
     "collect": (("comparisons", ("collect/comparisons",)), ("gold score", ("collect/gold_score_mean",))),
     "evaluate": (("responses", ("evaluate/policy_responses",)), ("win rate", ("evaluate/win_rate",))),
     "closed_form": (("gap", ("closed_form/gap",)),),
@@ -46,6 +52,7 @@ KEY_RESULTS: dict[str, tuple[str, ...]] = {
     "sft": ("validation_loss", "loss"),
     "reward_model": ("accuracy", "validation_accuracy"),
     "ppo": ("ppo/score_mean", "ppo/kl_to_reference"),
+    "dpo": ("test_accuracy", "validation_accuracy", "loss"),
     "evaluate": ("win_rate",),
 }
 MAX_RESULTS = 3

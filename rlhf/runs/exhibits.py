@@ -102,7 +102,9 @@ class Exhibits:
         try:
             return cls(
                 tuple(
-                    Table(t["title"], tuple(t["columns"]), tuple(map(tuple, t["rows"])), t["note"], bool(t["details"]))
+                    Table(
+                        t["title"], tuple(t["columns"]), tuple(map(tuple, t["rows"])), t["note"], bool(t.get("details"))
+                    )
                     for t in body["tables"]
                 ),
                 tuple(

@@ -16,6 +16,7 @@ from rlhf.runs.folder import RunFolder
 from rlhf.runs.jsonable import dump_json, read_lines
 from rlhf.runs.manifest import read_manifest
 from rlhf.runs.report_assets import SCRIPT, STYLE
+from rlhf.runs.report_mistakes import mistakes
 
 SECTIONS = ("results", "curves", "samples", "stages", "record")
 
@@ -91,7 +92,7 @@ def _results(run: RunFolder, config: Mapping[str, Any]) -> str:
         if (found := exhibits.Exhibits.read(folder.parent)) is not None
     )
     headline = "" if (gaps or shown) and not rows else sections.headline(rows)
-    return f'<section id="results"><h2>Results</h2>{headline}{fold}{gaps}{shown}</section>'
+    return f'<section id="results"><h2>Results</h2>{headline}{fold}{gaps}{shown}{mistakes(run)}</section>'
 
 
 def _curves(run: RunFolder) -> str:

@@ -45,6 +45,12 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         _training("reward_model", "Loss", "nats a pair", "loss"),
         _training("reward_model", "Accuracy", "share of pairs", "accuracy"),
     ),
+    "dpo": (
+        _training("dpo", "Loss", "of a pair", "loss"),
+        _training("dpo", "Accuracy", "share of pairs", "accuracy"),
+        _chart("Margin of the implicit rewards", "mean", "dpo/margin"),
+        _chart("Implicit rewards", "mean", "dpo/chosen_reward", "dpo/rejected_reward"),
+    ),
     "ppo": (
         _chart("Score", "mean score", "ppo/score_mean"),
         _chart("KL to the reference", "nats a response", "ppo/kl_to_reference"),
@@ -232,7 +238,7 @@ def _pair(row: Mapping[str, Any]) -> str:
         f'<div class="text">{_response(row.get(f"{side}_response"))}</div></div>'
         for kind, side, score in (("before", "baseline", before), ("after", "policy", after))
     )
-    return f'<div class="sample"{gain}>{_prompt(row.get("prompt"))}<div class="pair">{sides}</div></div>'
+    return f'<div class="sample"{gain}>{prompt_text(row.get("prompt"))}<div class="pair">{sides}</div></div>'
 
 
 def rollouts(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -259,7 +265,7 @@ def _rollout(entry: Mapping[str, Any]) -> str:
     rest = ((name, results.estimate(value)) for name, value in entry.items() if name not in shown)
     numbers = " · ".join(f"{escape(results.label(name))} {results.format_estimate(one)}" for name, one in rest if one)
     return (
-        f'<tr><td>{_prompt(entry.get("prompt"))}<div class="text">{_response(entry.get("response"))}</div>'
+        f'<tr><td>{prompt_text(entry.get("prompt"))}<div class="text">{_response(entry.get("response"))}</div>'
         f'<div class="who">{numbers}</div></td><td class="n">{_score(score)}</td></tr>'
     )
 
@@ -269,7 +275,7 @@ def _response(response: Any) -> str:
     return escape(str(response if response is not None else "").lstrip(" "))
 
 
-def _prompt(prompt: Any) -> str:
+def prompt_text(prompt: Any) -> str:
     """A plain prompt, or the turns of a conversation."""
     if isinstance(prompt, list):
         turns = "".join(

@@ -17,6 +17,7 @@ from rlhf.config.rewards import ModelReward, RewardConfig
 from rlhf.config.serve import ServeConfig
 from rlhf.config.zero import ZeroConfig
 from rlhf.errors import EXIT_SUCCESS, ConfigError
+from rlhf.listening import address, listen
 from rlhf.models.paths import base_of, check_model_path, is_adapter, is_ensemble, is_local, member_folders
 from rlhf.rewards import checks
 from rlhf.rewards.remote_client import PROTOCOL, SERVICE
@@ -43,9 +44,10 @@ def run_serve(arguments: Sequence[str]) -> int:
     section = config.serve
     check(section)
     token = _token(section)
-    from rlhf.serving.server import Server, address_of, bind
+    from rlhf.serving.server import Server
 
-    bound = bind(section)
+    # Before any model is loaded, which takes long.
+    bound = listen(section.host, section.port, "serve.")
     try:
         quiet_libraries()
         from rlhf.distributed.runtime import Runtime
@@ -60,10 +62,10 @@ def run_serve(arguments: Sequence[str]) -> int:
         served = ServedRewards(rewards, section.max_batch_size, runtime.device)
         warm_up(served)
         batcher = Batcher(served, section.max_wait_ms / 1000, section.max_waiting_rows)
-        address = address_of(bound, section)
+        base = address(section.host, bound.getsockname()[1])
 
         def ready() -> None:
-            _announce(address, section, description, time.monotonic() - started, as_json)
+            _announce(base, section, description, time.monotonic() - started, as_json)
 
         server = Server(make_app(section, batcher, description, token), section, ready)
         server.run(sockets=[bound])

@@ -1,9 +1,8 @@
-"""The socket, uvicorn, and signals: a stop finishes what has been asked."""
+"""uvicorn and its signals: a stop finishes what has been asked."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import socket
@@ -15,38 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from rlhf.config.serve import ServeConfig
-from rlhf.errors import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-def bind(config: ServeConfig) -> socket.socket:
-    """A bound socket, before any model is loaded. Raises `ConfigError` where it cannot be had."""
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as error:
-        raise ConfigError(f"serve.host={config.host} is no address of this machine: {error}") from error
-    family, kind, protocol, _, address = found[0]
-    bound = socket.socket(family, kind, protocol)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        # At once, so that nobody else can: two sockets may be bound to a port as long as neither listens.
-        bound.listen(512)
-    except OSError as error:
-        bound.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"serve.port={config.port} is taken on {config.host}; choose another, or serve.port=0 for a free one"
-            ) from error
-        raise ConfigError(f"serve.host={config.host} serve.port={config.port}: {error.strerror}") from error
-    return bound
-
-
-def address_of(bound: socket.socket, config: ServeConfig) -> str:
-    """The address for clients; of a server for all interfaces, by this machine's name."""
-    host = socket.gethostname() if config.host in ("0.0.0.0", "::", "") else config.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
 
 
 class Server(uvicorn.Server):

@@ -31,9 +31,8 @@ GOLD_STRATEGY = "gold"
 REPEAT_STRATEGY = "repeat"
 # Of so many spare pairs for each gold question the clearest are taken.
 SPARE_PAIRS = 4
-# Rounds and repeats have turns and random numbers of their own: theirs are this far apart.
+# Rounds have turns and random numbers of their own: theirs are this far apart.
 _ROUND_STEP = 2**32
-_REPEAT_STEP = 2**24
 
 
 class Asker:
@@ -65,7 +64,7 @@ class Asker:
             by_gold = split == "test" and self._section.gold_labels_test
             items = [item for item in asked[split] if not by_gold or _gold_gap(item.draw, item.indices)]
             made = self._plans(items, gold_labelled=by_gold)
-            ids = self._store.add_tasks(made)
+            ids = self._add(made)
             offset = self._section.round * _ROUND_STEP
             numbers |= {task: offset + item.number for task, item in zip(ids, items, strict=True)}
             tasks[split] = tuple(dict.fromkeys(ids))
@@ -74,6 +73,18 @@ class Asker:
         checks = [*self._gold_questions(len(tasks["train"]), spare), *self._repeats(plans, numbers)]
         scores = {split: self._gold_mean(asked[split]) for split in SPLITS}
         return AskedTasks(tasks, tuple(checks), numbers, scores)
+
+    def _add(self, plans: Sequence[TaskPlan]) -> list[str]:
+        """Adds the tasks; one that is there, from another collection, wants as many labels as this one does."""
+        ids = self._store.add_tasks(plans)
+        there = self._store.tasks(ids)
+        stale: dict[int, list[str]] = {}
+        for task, plan in dict(zip(ids, plans, strict=True)).items():
+            if there[task].plan.num_labels != plan.num_labels:
+                stale.setdefault(plan.num_labels, []).append(task)
+        for num_labels, tasks in stale.items():
+            self._store.replan(tasks, num_labels=num_labels)
+        return ids
 
     def _plans(self, items: Sequence[Asked], *, gold_labelled: bool) -> list[TaskPlan]:
         prompts = [_stored_prompt(item.draw) for item in items]
@@ -130,7 +141,7 @@ class Asker:
             plans = self._clearest(spare, wanted)
         else:
             plans = self._own_comparisons(wanted)
-        return self._store.add_tasks(plans)
+        return self._add(plans)
 
     def _clearest(self, spare: Sequence[Draw], wanted: int) -> list[TaskPlan]:
         gaps = {draw.place: _gold_gap(draw, (0, 1)) for draw in spare}
@@ -179,10 +190,13 @@ class Asker:
         chosen = set(sorted(originals, key=lambda task: (_hash(seed, "repeat", task), task))[:wanted])
         repeated = [task for task in originals if task in chosen]
         again = [replace(originals[task], repeat_of=task, strategy=REPEAT_STRATEGY, score=None) for task in repeated]
-        ids = self._store.add_tasks(again)
+        ids = self._add(again)
         sizes = [size for one in single_annotators(section.annotator) if (size := pool_size(one)) is not None]
-        step = _REPEAT_STEP * math.lcm(*sizes)
-        numbers |= {repeat: numbers[task] + step for repeat, task in zip(ids, repeated, strict=True)}
+        # The same turn of every pool, and a negative number: no original of any round has it.
+        step = math.lcm(*sizes)
+        numbers |= {
+            repeat: numbers[task] - step * (2 * numbers[task] + 1) for repeat, task in zip(ids, repeated, strict=True)
+        }
         return ids
 
 

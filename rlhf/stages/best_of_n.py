@@ -21,7 +21,7 @@ from rlhf.records import PromptContent, prompt_to_json
 from rlhf.rewards.build import build_rewards, folder_loader
 from rlhf.rewards.checks import check_columns
 from rlhf.rewards.protocol import RewardBatch, RewardError, columns_by_name, shown, shown_prompt
-from rlhf.runs.exhibits import Exhibits, Figure, Line, Panel, Table
+from rlhf.runs.exhibits import EXHIBITS_FILE, Exhibits, Figure, Line, Panel, Table
 from rlhf.runs.files import write_json, write_text
 from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, StageOutput
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rlhf.rewards.composition import RewardSet
 
 SCORES_FILE, CURVE_FILE, BEST_FILE = "scores.jsonl", "curve.json", "best.jsonl"
+_SHOWN = [EXHIBITS_FILE, "best_of_n.svg", "best_of_n.csv"]
 _REWARDS = "best_of_n.rewards"
 Curves = dict[str, list[BestOfNPoint]]
 
@@ -99,7 +100,7 @@ def run(context: StageContext) -> StageOutput:
         summary = _summary(context, scored, curves)
         tracker.log(num_batches, {f"best_of_n/{name}": body["value"] for name, body in _estimates(context, curves)})
     runtime.barrier()
-    return StageOutput(summary=summary, outputs=[SCORES_FILE, CURVE_FILE, BEST_FILE])
+    return StageOutput(summary=summary, outputs=[SCORES_FILE, CURVE_FILE, BEST_FILE, *_SHOWN])
 
 
 def _sample_and_score(
@@ -259,7 +260,7 @@ def _summary(context: StageContext, scored: _Scored, curves: Curves) -> dict[str
 def _exhibits(judge: str, confidence: float, curves: Curves) -> Exhibits:
     """One table of all curves, and the judge's reward and the picking reward's own against the distance."""
     rows = [
-        (name, point.n, point.kl, point.proxy.to_json(), point.gold.to_json())
+        (name, str(point.n), point.kl, point.proxy.to_json(), point.gold.to_json())
         for name, points in curves.items()
         for point in points
     ]

@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 
 # Programs label so many tasks before what they said is stored; the other ranks hear as often that rank 0 is at work.
 CHUNK_SIZE = 256
+# For the dataset card.
+SPLIT_RULE = (
+    "Each prompt has the split that the data of the run gives it, and one that it does not have, that of its hash"
+)
 
 
 def run(context: StageContext) -> StageOutput:
@@ -214,7 +218,7 @@ def _label(context: StageContext, tracker: Tracker) -> None:
             (gold, [task for task in asked.everything if task in by_gold]),
         ):
             if tasks:
-                label_tasks(
+                summary = label_tasks(
                     store,
                     make_annotators(annotator, resources),
                     tasks,
@@ -223,6 +227,8 @@ def _label(context: StageContext, tracker: Tracker) -> None:
                     report=tracker.message,
                     progress=heartbeat.working,
                 )
+                for line in [] if summary.is_plain else [f"collect: {summary}", *summary.details]:
+                    tracker.message(line)
     heartbeat.beat(True)
 
 
@@ -248,7 +254,9 @@ def _export(context: StageContext, wanted: dict[SplitName, int], tracker: Tracke
     with _open_store(context) as store:
         before = earlier_tasks(store, section.round) if section.use_rounds == "all" else []
         own = [task for split in SPLITS for task in asked.tasks[split]]
-        exported = export_labels(store, rule=rule, tasks=[*before, *own], split_of=_splits(context))
+        exported = export_labels(
+            store, rule=rule, tasks=[*before, *own], split_of=_splits(context), split_rule=SPLIT_RULE
+        )
         by_gold = set(asked.tasks["test"]) if section.gold_labels_test else set[str]()
         labelled = [task for task in own if task not in by_gold]
         gold = gold_reward if isinstance(config.data, EmbeddedData) else None

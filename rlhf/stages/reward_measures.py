@@ -24,7 +24,7 @@ from rlhf.models.loading import load_policy, load_tokenizer, place
 from rlhf.models.paths import is_ensemble, member_folders
 from rlhf.models.positions import check_positions
 from rlhf.models.scalar import ScalarModel, pad_pairs, response_scores
-from rlhf.records import Comparison, RatedResponse
+from rlhf.records import Comparison, PromptContent, RatedResponse
 from rlhf.stages.reward_objectives import RatingScale, is_tie
 from rlhf.stages.sampling import in_batches, load_encoded_prompts, require_prompts, sample_batch, sampling_rules
 
@@ -265,6 +265,31 @@ def scored_comparisons(
         )
         for number, record in enumerate(comparisons)
     ]
+
+
+def scored_responses(
+    context: StageContext, path: str | Path, texts: Sequence[tuple[PromptContent, str]], *, key: str
+) -> list[tuple[float, ...] | None]:
+    """Raw scores of (prompt, response) by the reward model in folder `path`, or by each member of an ensemble there.
+
+    None for what is longer than the model's positions. A response that comes several times is scored once; a member is
+    in memory at a time. All ranks call it and get the same.
+    """
+    folders = member_folders(path, key) if is_ensemble(path) else [str(path)]
+    tokenizer = load_tokenizer(path, context.config.model, key=key)
+    encoded = {text: encode_pair(tokenizer, *text) for text in dict.fromkeys(texts)}
+    # Of like lengths together: less padding.
+    lengths = {text: len(row.prompt_ids) + len(row.response_ids) for text, row in encoded.items()}
+    order = sorted(encoded, key=lengths.__getitem__)
+    found: dict[tuple[PromptContent, str], tuple[float, ...]] = dict.fromkeys(order, ())
+    for folder in folders:
+        with _loaded(context, folder) as scalar:
+            limit = getattr(scalar.model.config, "max_position_embeddings", None)
+            order = [text for text in order if limit is None or lengths[text] <= limit]
+            scores = _score_texts(context, scalar, [encoded[text] for text in order])
+        for text, score in zip(order, scores, strict=True):
+            found[text] += (score,)
+    return [found[text] if len(found[text]) == len(folders) else None for text in texts]
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]) -> list[Pair]:

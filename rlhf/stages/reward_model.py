@@ -7,28 +7,28 @@ are read at the last real token, by the mask.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import TaskType
 
 from rlhf.config.peft import lora_of
-from rlhf.data import load_comparisons, load_ratings
 from rlhf.data.splits import BadRows, Splits
-from rlhf.data.tokenization import encode_pair, fit_lengths
+from rlhf.data.tokenization import encode_pair
 from rlhf.models.adapters import add_adapter, backbone_of
 from rlhf.models.loading import check_vocabulary, load_tokenizer
 from rlhf.models.positions import check_positions
 from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
-from rlhf.records import Comparison, RatedResponse, RecordT, read_records, to_json
+from rlhf.records import Comparison
 from rlhf.rewards.learned import STATISTICS_FILE
-from rlhf.runs.files import write_json, write_text
+from rlhf.runs.files import write_json
 from rlhf.runs.tracking import Tracker
+from rlhf.stages.comparisons import comparisons_of as comparisons_of
+from rlhf.stages.comparisons import ratings_of
 from rlhf.stages.context import StageContext, StageOutput, partial_folder, publish, save_partial
+from rlhf.stages.reward_evidence import write_held_out
 from rlhf.stages.reward_measures import (
     HeldOut,
     Measured,
@@ -67,8 +67,6 @@ from rlhf.stages.trl_checkpoints import Checkpoint, find_checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# All held-out comparisons with their raw scores by every member, one a line: to look at, no stage reads it.
-HELD_OUT_SCORES = "held_out_scores.jsonl"
 Rows = dict[str, list[Any]]
 
 
@@ -113,9 +111,9 @@ def run(context: StageContext) -> StageOutput:
         summary, scored = _train_alone(members[0], data, schedule, normalizer, new)
     else:
         summary, scored = _train_ensemble(context, members, data, schedule, normalizer, new)
-    # 3. The scores of what was held out, for whoever looks closer.
+    # 3. What is known of it: the scores of what was held out, and the report on them.
     if context.runtime.is_main:
-        _write_scores(context.stage.path / HELD_OUT_SCORES, scored)
+        write_held_out(context.stage.path, scored, data.held_out.pairs)
     context.runtime.barrier()
     counts = {
         "num_steps": schedule.num_steps,
@@ -291,7 +289,7 @@ def _load_data(context: StageContext, tokenizer: PreTrainedTokenizerBase, *, enc
         held_out = HeldOut(comparisons, {"train": [], **pairs}, ratings, training.scale)
         counts = len(ratings.validation), len(ratings.test)
         return _Data(training, encoded_rows(tokenizer, training.examples), held_out, ratings.bad_rows, *counts)
-    comparisons = comparisons_of(context, tokenizer)
+    comparisons = comparisons_of(context, tokenizer, section.num_comparisons)
     training = comparison_set(section, comparisons.train)
     pairs = {name: encode_all(tokenizer, comparisons.named(name)) for name in ("train", "validation", "test")}
     held_out = HeldOut(comparisons, pairs)
@@ -305,33 +303,6 @@ def _load_data(context: StageContext, tokenizer: PreTrainedTokenizerBase, *, enc
     else:
         rows = encoded_rows(tokenizer, training.examples)
     return _Data(training, rows, held_out, comparisons.bad_rows, *counts)
-
-
-def comparisons_of(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> Splits[Comparison]:
-    """The comparisons of the given folder, else the data's own within the data's limits of length.
-
-    What a policy of ours sampled was limited when it was sampled.
-    """
-    folder = context.inputs.get("comparisons")
-    if folder is None:
-        return fit_lengths(load_comparisons(context.config.data), tokenizer, context.config.data)
-    return _read_splits(Path(folder), Comparison)
-
-
-def ratings_of(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> Splits[RatedResponse]:
-    """The rated responses of the given folder, else the data's own within the data's limits of length."""
-    folder = context.inputs.get("ratings")
-    if folder is None:
-        return fit_lengths(load_ratings(context.config.data), tokenizer, context.config.data)
-    return _read_splits(Path(folder), RatedResponse)
-
-
-def _read_splits(folder: Path, kind: type[RecordT]) -> Splits[RecordT]:
-    records = {
-        name: read_records(path, kind) if (path := folder / f"{name}.jsonl").is_file() else []
-        for name in ("train", "validation", "test")
-    }
-    return Splits(records["train"], records["validation"], records["test"])
 
 
 def training_rows(pairs: list[Pair]) -> dict[str, list[list[int]]]:
@@ -384,17 +355,3 @@ def _ensemble_summary(
         if "accuracy" in member:
             summary[f"member_{number}_accuracy"] = member["accuracy"]
     return {**summary, "num_members": len(by_member)}
-
-
-def _write_scores(path: Path, scored: Mapping[str, list[ScoredComparison]]) -> None:
-    lines = [
-        {
-            "split": split,
-            "comparison": to_json(row.comparison),
-            "chosen_scores": row.chosen_scores,
-            "rejected_scores": row.rejected_scores,
-        }
-        for split, rows in sorted(scored.items())
-        for row in rows
-    ]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines))

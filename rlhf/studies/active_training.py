@@ -6,6 +6,7 @@ optimiser and schedule. What is left out is the trainer around them, which would
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,13 +16,13 @@ from torch import Tensor
 from transformers import Trainer, get_scheduler
 
 from rlhf.config.reward_model import BradleyTerryLoss
-from rlhf.data.tokenization import EncodedPair
+from rlhf.data.tokenization import EncodedPair, encode_pair
 from rlhf.models.loading import check_vocabulary, disable_dropout, load_tokenizer
 from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
 from rlhf.models.seq2seq import decoder_values
 from rlhf.ops.preference_losses import comparison_loss
 from rlhf.preferences.selection import Floats
-from rlhf.records import Comparison
+from rlhf.records import Comparison, PromptContent
 from rlhf.stages.reward_measures import score_sequences
 from rlhf.stages.reward_objectives import bootstrap_order, comparison_set, encoded_rows
 from rlhf.stages.reward_trainer import ExampleCollator, causal_values
@@ -67,7 +68,9 @@ class RewardLearner:
         columns = encoded_rows(self.tokenizer, examples)
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         order = example_order(schedule, seed=seed, purpose="reward_model")
-        arguments = training_arguments("reward_model", section, self.context, schedule)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            arguments = training_arguments("reward_model", section, self.context, schedule)
         optimizer = self._optimizer(arguments)
         scheduler = get_scheduler(
             arguments.lr_scheduler_type, optimizer, section.warmup_steps, num_training_steps=schedule.num_steps
@@ -83,6 +86,10 @@ class RewardLearner:
             scheduler.step()
             optimizer.zero_grad()
         self.scalar.eval()
+
+    def encode(self, texts: Sequence[tuple[PromptContent, str]]) -> list[EncodedPair]:
+        """Prompts with their responses as this model's tokens."""
+        return [encode_pair(self.tokenizer, prompt, response) for prompt, response in texts]
 
     def scores(self, texts: Sequence[EncodedPair]) -> Floats:
         """The raw scores (N,) of N prompts with their responses; those of a length are read together."""

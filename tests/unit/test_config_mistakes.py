@@ -53,7 +53,10 @@ def experiment(text: str, name: str = "mine.yaml") -> str:
         # unknown keys and the nearest right name
         ("ppo.lerning_rate=3e-6", "ppo.lerning_rate = 3e-6  (argument ppo.lerning_rate=3e-6)"),
         ("ppo.lerning_rate=3e-6", "did you mean ppo.learning_rate?"),
-        ("learning_rate=1", "did you mean sft.learning_rate or reward_model.learning_rate or ppo.learning_rate?"),
+        (
+            "learning_rate=1",
+            "did you mean sft.learning_rate or reward_model.learning_rate or ppo.learning_rate or dpo.learning_rate?",
+        ),
         ("--ppo.learning-rate=1", "did you mean ppo.learning_rate?"),
         ("ppo.Learning_Rate=1", "did you mean ppo.learning_rate?"),
         ("pppo.learning_rate=1", "did you mean ppo.learning_rate?"),

@@ -33,6 +33,8 @@ _EVERYTHING = _LIBRARY | {
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "terminal": set(),
+    # The sockets of the servers.
+    "listening": {"errors"},
     "ops": {"errors"},
     "config": {"errors"},
     "records": {"errors"},
@@ -44,14 +46,14 @@ ALLOWED: dict[str, set[str]] = {
     # Models that answer chats: one of ours in memory, or an address.
     "chat": _SHARED | {"data", "models"},
     # An annotator may be a model that is asked, or a reward.
-    "preferences": _SHARED | {"data", "models", "chat", "rewards", "runs"},
+    "preferences": _SHARED | {"data", "models", "chat", "rewards", "runs", "listening"},
     # A learned reward is a tokenized text through a model.
     "rewards": _SHARED | {"data", "models", "chat"},
     "distributed": {"errors", "config", "terminal"},
     "runs": _RECORDS | {"config"},
     "evaluation": _LIBRARY,
     # The reward server.
-    "serving": _LIBRARY,
+    "serving": _LIBRARY | {"listening"},
     # A plan is made of configs and of models without weights; a running stage is planned by what it has.
     "planning": _LIBRARY,
     "stages": _LIBRARY,
@@ -68,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": _EVERYTHING | {"doctor", "serving"},
     "__main__": {"cli"},
 }
-STAGES = {"sft", "collect", "reward_model", "ppo", "best_of_n", "evaluate"}
+STAGES = {"sft", "collect", "reward_model", "reward_report", "ppo", "dpo", "best_of_n", "evaluate"}
 # Libraries that one part alone may touch, at any depth of a function.
 OWNED = {"accelerate": "distributed", "deepspeed": "distributed", "torch.distributed": "distributed"}
 # Modules that must be importable without these libraries in memory.

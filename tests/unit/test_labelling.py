@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,3 +255,33 @@ def test_an_annotator_of_other_settings_needs_another_name(store: PreferenceStor
         label_tasks(store, annotators(SimulatedAnnotators(temperature=0.1)), tasks)
     label_tasks(store, annotators(SimulatedAnnotators(temperature=0.1, name="cooler")), tasks)
     assert "cooler-1" in store.annotators()
+
+
+def test_what_is_read_and_written_does_not_grow_with_the_tasks(
+    store: PreferenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few transactions a chunk, however many tasks it has: a query for each made 6,000 labels take minutes."""
+    tasks, opened = add_tasks(store, 64), Counter[str]()
+
+    def count(name: str, real: Callable[[PreferenceStore], Any]) -> None:
+        def counted(self: PreferenceStore) -> Any:
+            opened[name] += 1
+            return real(self)
+
+        monkeypatch.setattr(PreferenceStore, name, counted)
+
+    count("_read", PreferenceStore._read)
+    count("_write", PreferenceStore._write)
+    label_tasks(store, annotators(SimulatedAnnotators(num_annotators=2)), tasks, chunk_size=32)
+    assert len(store.current_labels()) == 64
+    assert opened["_write"] == 2 + 2  # each annotator is added, and each chunk is recorded
+    assert opened["_read"] < 20
+
+
+def test_where_one_breaks_off_the_answers_of_the_others_are_kept(store: PreferenceStore) -> None:
+    tasks = add_tasks(store, 6, num_labels=2)
+    with pytest.raises(KeyboardInterrupt):
+        label_tasks(
+            store, team(Scripted("one"), Scripted("two", breaks_after=5)), tasks, numbers=dict.fromkeys(tasks, 0)
+        )
+    assert Counter(label.annotator for label in store.current_labels()) == {"one": 6}

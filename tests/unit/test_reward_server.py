@@ -18,13 +18,12 @@ import torch
 from rlhf.config import load_config
 from rlhf.config.model import ModelConfig
 from rlhf.config.rewards import LengthReward, MathReward, ModelReward
-from rlhf.config.serve import ServeConfig
 from rlhf.errors import ConfigError
+from rlhf.listening import listen
 from rlhf.rewards.learned import LearnedReward
 from rlhf.serving.command import check, served_hash, served_keys
 from rlhf.serving.requests import ScoreRequest
 from rlhf.serving.scoring import learned_rewards
-from rlhf.serving.server import bind
 from tests.command import command, environment
 from tests.ppo_example import WORDS, write_models
 from tests.reward_example import write_rewards
@@ -275,9 +274,9 @@ def test_the_hash_is_of_what_decides_the_scores(model: str, tmp_path: Path) -> N
 def test_a_port_that_is_taken_is_named(server: Running) -> None:
     port = int(server.address.rpartition(":")[2])
     with pytest.raises(ConfigError, match=f"serve.port={port} is taken on 127"):
-        bind(ServeConfig(port=port))
+        listen("127.0.0.1", port, "serve.")
     with pytest.raises(ConfigError, match=r"serve\.host=no\.such\.host\.invalid is no address"):
-        bind(ServeConfig(host="no.such.host.invalid", port=0))
+        listen("no.such.host.invalid", 0, "serve.")
 
 
 def test_a_stop_answers_what_was_asked(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 
 import httpx
 
+from rlhf.listening import listen
 from rlhf.preferences.page.app import Page, make_app
 from rlhf.preferences.page.desk import Desk, DeskSettings
 from rlhf.preferences.page.guard import GuardSettings
-from rlhf.preferences.page.serving import bind, host_names, make_server
+from rlhf.preferences.page.serving import host_names, make_server
 from rlhf.preferences.page.tokens import Tokens, cookie_name, load_tokens
 from rlhf.preferences.store import Choice, Policy, PreferenceStore, Response, TaskKind, TaskPlan
 from rlhf.records import Message, Prompt, PromptContent
@@ -193,7 +194,7 @@ def running_page(
     cookie = cookie_name(store.path)
     guard = guard or GuardSettings("", host_names("127.0.0.1"), wrong_token_seconds=0.01)
     server = make_server(make_app(Page(desk, tokens, replace(guard, cookie=cookie))))
-    with bind("127.0.0.1", 0) as listening:
+    with listen("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         page = RunningPage(store, tokens, f"http://127.0.0.1:{listening.getsockname()[1]}", cookie)

@@ -88,6 +88,7 @@ def test_a_choice_is_stored_with_what_was_on_the_screen(
     task = next_task(anna)
     assert task == {
         "assignment": 1,
+        "given": START.isoformat(),
         "kind": "pairwise",
         "prompt": {"text": "Which?"},
         "responses": task["responses"],
@@ -351,7 +352,8 @@ def test_tasks_say_nothing_but_what_is_to_be_judged(store: PreferenceStore, page
         submit(anna, task, answers[task["kind"]])
     assert len(seen) == 10
     keys = {
-        "assignment", "kind", "prompt", "responses", "scale", "strengths", "lease_seconds", "previous", "number"
+        "assignment", "given", "kind", "prompt", "responses", "scale", "strengths", "lease_seconds", "previous",
+        "number",
     }  # fmt: skip
     assert all(set(task) == keys for task in seen)
     assert all(set(response) == {"text"} for task in seen for response in task["responses"])

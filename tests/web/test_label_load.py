@@ -1,7 +1,7 @@
 """Many annotators at once over real HTTP, and the server killed in the middle: nothing is lost, doubled or too much.
 
 As it runs in CI it is a smaller version of the acceptance run; RLHF_LABEL_LOAD=full makes it 40 annotators and 2,000
-tasks. Server, annotators and this test are three processes.
+tasks, and is the one that measures. Server, annotators and this test are three processes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from rlhf.preferences.store import PreferenceStore, Skip
 from tests.command import ROOT, command, environment
 from tests.web.label_example import add_pairs
@@ -30,9 +28,9 @@ NUM_ANNOTATORS = 40
 NUM_TASKS = 2000 if FULL else 300
 # A tenth of the tasks wants labels of three annotators.
 NUM_SEVERAL = NUM_TASKS // 10
-SLOWEST_SECONDS = 0.2
-# Machines hiccup, and CI shares its cores.
-NUM_TRIES = 3
+# What 95 % of the replies must take at most. The full run wants two cores to itself; in CI other programs have a share
+# of them, so that its limit only finds a server that is several times slower than it should be.
+LIMIT_SECONDS = 0.2 if FULL else 1.0
 
 
 @dataclass
@@ -106,26 +104,15 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[int(share * (len(values) - 1))]
 
 
-def processor_wait(process: int) -> float:
-    """How many seconds the main thread of a process was ready to run while other programs had the processors."""
-    return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
-
-
-def label_all(folder: Path) -> float:
-    """All annotators label all tasks; returns the 95th percentile of the replies' seconds.
-
-    The share of the time in which the server could not run since other programs had the processors is taken off: on an
-    idle machine of two cores that is nothing.
-    """
-    path = folder / "store.sqlite"
+def test_all_annotators_at_once(tmp_path: Path) -> None:
+    """None lost, none doubled, no task over its plan, and 95 % of the replies within the limit."""
+    path = tmp_path / "store.sqlite"
     make_store(path)
     server = start_server(path)
     try:
-        before = processor_wait(server.process.pid)
         with annotators(server) as process:
             output, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
-        waited = processor_wait(server.process.pid) - before
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 130
     finally:
@@ -135,30 +122,14 @@ def label_all(folder: Path) -> float:
     outcome = json.loads(output.splitlines()[-1])
     assert outcome["num_retries"] == 0
     check_store(path, outcome["labels"])
-    seconds = [second for path in outcome["seconds"].values() for second in path]
-    slowest = percentile(seconds, 0.95)
+    seconds = [second for times in outcome["seconds"].values() for second in times]
+    slow = percentile(seconds, 0.95)
     print(
         f"{len(outcome['labels'])} labels by {NUM_ANNOTATORS} annotators in {outcome['elapsed']:.1f} s, "
-        f"{len(seconds)} requests: median {1000 * percentile(seconds, 0.5):.0f} ms, 95 % {1000 * slowest:.0f} ms, "
-        f"slowest {1000 * max(seconds):.0f} ms; the server waited {waited:.1f} s for a processor; "
-        f"load of the machine {os.getloadavg()[0]:.1f}"
+        f"{len(seconds)} requests: median {1000 * percentile(seconds, 0.5):.0f} ms, 95 % within {1000 * slow:.0f} ms, "
+        f"slowest {1000 * max(seconds):.0f} ms; load of the machine {os.getloadavg()[0]:.1f}"
     )
-    elapsed: float = outcome["elapsed"]
-    return slowest * max(0.0, 1 - waited / elapsed)
-
-
-def test_all_annotators_at_once(tmp_path: Path) -> None:
-    """None lost, none doubled, no task over its plan, and 95 % of the replies within 200 ms.
-
-    The counts must hold in every try, the time in one: what else the machine does is not the server's.
-    """
-    tries = []
-    for number in range(NUM_TRIES):
-        (tmp_path / str(number)).mkdir()
-        tries.append(label_all(tmp_path / str(number)))
-        if tries[-1] < SLOWEST_SECONDS:
-            return
-    pytest.fail(f"95 % of the replies took up to {', '.join(f'{1000 * one:.0f} ms' for one in tries)}")
+    assert slow < LIMIT_SECONDS
 
 
 def test_a_server_that_is_killed_loses_no_acknowledged_label(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import hmac
 import http.client
 import json
 import socket
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,10 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
-from rlhf.errors import DataError
 from rlhf.preferences.page.guard import CONTENT_SECURITY_POLICY, GuardSettings
 from rlhf.preferences.page.serving import host_names
-from rlhf.preferences.page.tokens import Visitor, cookie_name, load_tokens, token_file
+from rlhf.preferences.page.tokens import Visitor
 from rlhf.preferences.store import PreferenceStore
 from tests.web.label_example import RunningPage, add_pairs, fill, running_page
 
@@ -112,6 +113,9 @@ def test_without_a_token_everything_is_unauthorized(page: RunningPage, method: s
         {"Cookie": "COOKIE=x"},
         {"Cookie": "COOKIE=W10=.W10="},
         {"Cookie": "COOKIE=W251bGwsbnVsbCxudWxsXQ==.AAAA"},
+        # A body that is no session: a name that no dict can hold, and one too deep to be parsed.
+        {"Cookie": f"COOKIE={base64.urlsafe_b64encode(b'[false, [], true]').decode()}.AAAA"},
+        {"Cookie": f"COOKIE={base64.urlsafe_b64encode(b'[' * 20000).decode()}.AAAA"},
         {"Cookie": "COOKIE=\xff.\xff; COOKIE_admin=;;;"},
         {"Cookie": "rlhf_00000000=SIGNED"},
         {"Cookie": "COOKIE_admin=SIGNED"},
@@ -128,6 +132,17 @@ def test_a_wrong_token_is_no_token(page: RunningPage, headers: dict[str, str]) -
         headers = {name: text.replace(word, value) for name, text in headers.items()}
     for method, path in (("GET", "/api/me"), ("POST", "/api/next"), ("GET", "/static/label.js"), ("GET", "/admin")):
         check_unauthorized(method, send(page, method, path, headers, {} if method == "POST" else None))
+
+
+def test_the_token_of_a_link_signs_no_cookie(page: RunningPage) -> None:
+    """Whoever has a link could else take the name of a judge, or one of others whose links are theirs."""
+    key = page.tokens.annotator.encode()
+    for name in ("judge", ["x"]):
+        body = json.dumps([False, name, False]).encode()
+        parts = (body, hmac.digest(key, b"session " + body, hashlib.sha256))
+        cookie = ".".join(base64.urlsafe_b64encode(part).decode() for part in parts)
+        headers = {**session(page), "Cookie": f"{page.cookie}={cookie}"}
+        check_unauthorized("POST", send(page, "POST", "/api/next", headers, {}))
 
 
 @pytest.mark.parametrize("path", ["/?token=wrong", "/?token=", "/admin?token=wrong", "/?token=TOKEN%00", "/?token=%ff"])
@@ -332,43 +347,6 @@ def test_a_websocket_is_not_opened(page: RunningPage) -> None:
         "Sec-WebSocket-Key": "YQ==",
     }
     check_unauthorized("GET", send(page, "GET", "/api/me", upgrade))
-
-
-def test_the_tokens_survive_a_restart_in_a_file_that_others_cannot_read(tmp_path: Path) -> None:
-    path = tmp_path / "store.sqlite"
-    made = load_tokens(path, ["anna"])
-    file = token_file(path)
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert len({made.annotator, made.admin, made.people["anna"]}) == 3
-    # 32 bytes are 43 letters of base 64.
-    assert {len(token) for token in (made.annotator, made.admin, made.people["anna"])} == {43}
-    file.chmod(0o644)
-    assert load_tokens(path, ["anna"]) == made
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    both = load_tokens(path, ["anna", "ben"])
-    assert both.people["anna"] == made.people["anna"]
-    cookie = made.sign(Visitor(False, "anna", fixed=True))
-    assert both.verify(cookie) == Visitor(False, "anna", fixed=True)
-    without = load_tokens(path, ["ben"])
-    assert (without.visitor(made.people["anna"]), without.verify(cookie)) == (None, None)
-    renewed = load_tokens(path, ["anna"], renew=True)
-    for token in (made.annotator, made.admin, made.people["anna"]):
-        assert renewed.visitor(token) is None
-    assert renewed.verify(cookie) is None
-    assert [one.name for one in tmp_path.iterdir()] == ["store.sqlite.tokens"]
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"annotator": "a", "admin": "b", "people": {}}'])
-def test_a_damaged_token_file_is_named(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "store.sqlite"
-    token_file(path).write_text(text)
-    with pytest.raises(DataError, match="new_tokens=true"):
-        load_tokens(path, [])
-    assert load_tokens(path, [], renew=True).admin
-
-
-def test_pages_of_two_stores_keep_their_cookies_apart(tmp_path: Path) -> None:
-    assert cookie_name(tmp_path / "a.sqlite") != cookie_name(tmp_path / "b.sqlite")
 
 
 def test_behind_a_proxy_the_page_is_the_one_of_its_url(tmp_path: Path) -> None:

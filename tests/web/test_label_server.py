@@ -16,11 +16,12 @@ import httpx
 import pytest
 
 from rlhf.errors import ConfigError
+from rlhf.listening import address, is_local, listen
 from rlhf.preferences.page import command as label_command
 from rlhf.preferences.page.admin import agreement, summarise
 from rlhf.preferences.page.command import page_version, parse_options, run_label
 from rlhf.preferences.page.desk import DeskSettings
-from rlhf.preferences.page.serving import address, bind, host_names, is_local
+from rlhf.preferences.page.serving import host_names
 from rlhf.preferences.page.tokens import load_tokens
 from rlhf.preferences.store import Annotator, Choice, Flag, MadeLabel, PreferenceStore, Skip, TaskPlan, Tie
 from tests.unit.preference_store_example import HandClock
@@ -278,10 +279,10 @@ def test_options_may_be_spelt_as_elsewhere() -> None:
 
 
 def test_a_port_that_is_taken_is_named() -> None:
-    with bind("127.0.0.1", 0) as taken:
+    with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port={port} of 127.0.0.1 is taken"):
-            bind("127.0.0.1", port)
+        with pytest.raises(ConfigError, match=f"port={port} is taken on 127.0.0.1"):
+            listen("127.0.0.1", port)
 
 
 def test_addresses() -> None:
@@ -361,14 +362,11 @@ def test_the_links_stay_until_new_ones_are_wanted(
     store: PreferenceStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(label_command, "make_server", lambda app: NoServer())
-    opened: list[str] = []
-    monkeypatch.setattr("webbrowser.open", opened.append)
     shown = []
-    for argument in ("open_browser=true", "annotators=[anna]", "new_tokens=true"):
+    for argument in ("new_tokens=false", "annotators=[anna]", "new_tokens=true"):
         run_label([f"store={store.path}", "port=0", argument])
         shown.append(re.findall(r"(\S+) +\S+token=(\S+)", capsys.readouterr()[0]))
     (everybody, admin), (anna, same_admin), (new_everybody, new_admin) = shown
     assert [one[0] for one in (everybody, admin, anna)] == ["annotators", "view", "anna"]
     assert admin == same_admin
     assert len({everybody, new_everybody, admin, new_admin}) == 4
-    assert [link.partition("=")[2] for link in opened] == [everybody[1]]

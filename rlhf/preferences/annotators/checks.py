@@ -21,6 +21,17 @@ from rlhf.rewards import checks as reward_checks
 _TEMPLATES = {"template": PAIR_FIELDS, "ranking_template": RANKING_FIELDS, "rating_template": RATING_FIELDS}
 
 
+def check_store(path: str | None, key: str) -> None:
+    """Raises `ConfigError` where no preference store is nor can be made; `key` is the config key of the path."""
+    if path is None:
+        return
+    store = Path(path).expanduser()
+    if store.is_dir():
+        raise ConfigError(f"{key}={path} is a folder; name the store's file in it, such as preferences.sqlite")
+    if not store.parent.is_dir():
+        raise ConfigError(f"{key}={path} needs the folder {store.parent}, which is not there; make it")
+
+
 def check_annotators(config: AnyAnnotatorConfig, data: DataConfig, key: str) -> None:
     """Checks the files, folders and variables that annotators need; `key` is that of the section.
 

@@ -32,7 +32,8 @@ def make_card(exported: ExportedLabels) -> dict[str, Any]:
     return {
         "schema": CARD_SCHEMA,
         "splits": {name: _split(exported, name) for name in SPLITS},
-        "split_settings": exported.splits.model_dump(mode="json"),
+        "split_rule": exported.split_rule if isinstance(exported.split_rule, str) else None,
+        "split_settings": None if isinstance(exported.split_rule, str) else exported.split_rule.model_dump(mode="json"),
         "store_seed": selection.seed,
         "tasks": {kind: len(tasks) for kind, tasks in by_kind.items() if tasks},
         "rounds": dict(sorted(Counter(str(task.plan.round) for task in selection.tasks).items())),

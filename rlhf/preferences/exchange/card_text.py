@@ -80,11 +80,16 @@ def _splits(card: Mapping[str, Any]) -> str:
         for name, one in card["splits"].items()
     ]
     settings = card["split_settings"]
+    rule = card["split_rule"]
+    if settings is not None:
+        rule = (
+            f"The hash of a prompt decides its split: validation {settings['validation']:g}, test "
+            f"{settings['test']:g}, salt `{settings['salt']}`"
+        )
     table = _table(["split", "prompts", "comparisons", "of them ties", "ratings", "content (SHA-256)"], rows)
     return (
-        f"{table}\n\nThe hash of a prompt decides its split, so that no prompt straddles: validation "
-        f"{settings['validation']:g}, test {settings['test']:g}, salt `{settings['salt']}`. Seed of the store, which "
-        f"order and sides are drawn from: {card['store_seed']}."
+        f"{table}\n\n{rule}. So no prompt straddles. Seed of the store, which order and sides are drawn from: "
+        f"{card['store_seed']}."
     )
 
 
@@ -128,7 +133,8 @@ def _annotators(card: Mapping[str, Any]) -> str:
         counts = (f"{one['num_labels']:,}", f"{one['num_ties']:,}", f"{one['num_skips']:,}")
         rows.append((name, one["kind"], *counts, pace, same, right))
     head = ["annotator", "kind", "labels", "ties", "skips", "median time", "same answer to repeats", "gold right"]
-    return _table(head, rows)
+    table = _table(head, rows)
+    return f"{table}\n\nLabels of gold questions and blind repeats count here, and nowhere else." if rows else table
 
 
 def _agreement(card: Mapping[str, Any]) -> str:

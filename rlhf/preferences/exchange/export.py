@@ -43,13 +43,16 @@ DEFAULT_OPTIONS = ExportOptions()
 
 @dataclass(frozen=True)
 class ExportedLabels:
-    """The records by split, how they were resolved, what was left out, and what the card is made from."""
+    """The records by split, how they were resolved, what was left out, and what the card is made from.
+
+    `split_rule` says how prompts were split: by their hash with these shares, or a sentence on how the caller did.
+    """
 
     comparisons: Splits[Comparison]
     ratings: Splits[RatedResponse]
     resolved: Resolved
     selection: Selection
-    splits: SplitConfig
+    split_rule: SplitConfig | str
     options: ExportOptions
     left_out: Mapping[str, int]
 
@@ -68,6 +71,7 @@ def export_labels(
     tasks: Sequence[str] | None = None,
     rounds: Collection[int] | None = None,
     split_of: Callable[[PromptContent], SplitName] | None = None,
+    split_rule: str = "Whoever exported decided the split of each prompt",
     splits: SplitConfig = DEFAULT_SPLITS,
     options: ExportOptions = DEFAULT_OPTIONS,
 ) -> ExportedLabels:
@@ -75,8 +79,9 @@ def export_labels(
 
     Records are in the order of `tasks`, or of creation. A tie is a comparison of probability 0.5; a ranking gives all
     its pairs. Ratings of a response are averaged, but with the rule `all` every one is kept. `split_of` decides the
-    split of a prompt; without it `splits` does, by the hash of the prompt's key, so equal prompts share a split. Gold
-    questions and blind repeats are left out unless `tasks` names them. Raises `ConfigError` for an unknown task.
+    split of a prompt, and `split_rule` tells the card how, in a sentence without its stop; without it `splits` does, by
+    the hash of the prompt's key, so equal prompts share a split. Gold questions and blind repeats are left out unless
+    `tasks` names them. Raises `ConfigError` for an unknown task.
     """
     selection = select(store, tasks, rounds)
     left_out: Counter[str] = Counter()
@@ -107,7 +112,7 @@ def export_labels(
         _in_splits(ratings, split_of, splits),
         resolved,
         selection,
-        splits,
+        splits if split_of is None else split_rule,
         options,
         {reason: count for reason, count in left_out.items() if count},
     )

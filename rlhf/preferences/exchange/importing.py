@@ -50,7 +50,7 @@ class ImportReport:
             f"{', '.join(self.files)}: format {self.format}, {self.num_rows:,} rows",
             f"  {self.num_prompts:,} prompts, {self.num_responses:,} responses",
             f"  {self.num_tasks:,} tasks, {self.num_new_tasks:,} of them new",
-            f"  {self.num_labels:,} labels, {self.num_new_labels:,} of them new, by {len(self.annotators):,} annotators"
+            f"  {self.num_labels:,} labels, {self.num_new_labels:,} of them new, by {_number(len(self.annotators), "annotator")}"
             + (f": {named}" if named else ""),
         ]
         for what, counts in (("left out, nothing to learn", self.unusable), ("broken, left out", self.bad_rows)):

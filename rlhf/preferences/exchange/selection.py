@@ -32,7 +32,7 @@ from rlhf.records import Prompt
 class Selection:
     """The tasks of an export in their order, what they are about, and their current labels.
 
-    `checks` are the gold questions and blind repeats of the same rounds with their labels: they are measured, never
+    `checks` are the gold questions and blind repeats of the tasks' rounds with their labels: they are measured, never
     exported. Responses of a task go by number, then by id (`order`): "first" and "second" mean that order.
     """
 
@@ -80,12 +80,15 @@ def select(
         if unknown:
             raise ConfigError(f"the preference store {store.path} has no task {unknown[0]!r}; add it first")
         chosen = [in_rounds[key] for key in dict.fromkeys(tasks) if key in in_rounds]
+        own = {task.plan.round for task in chosen}
+        in_rounds = {key: task for key, task in in_rounds.items() if task.plan.round in own}
     names = {task.id for task in chosen}
     measured = set(names)
     checks = []
     for task in in_rounds.values():
         # A repeat comes after what it repeats, which may be a repeat as well.
-        if _is_check(task) and task.id not in names and (task.plan.repeat_of or task.id) in {*measured, task.id}:
+        original = task.plan.repeat_of
+        if _is_check(task) and task.id not in names and (original is None or original in measured):
             checks.append(task)
             measured.add(task.id)
     labels: dict[str, list[Label]] = {}

@@ -54,6 +54,9 @@ class Admin:
             assert made is not None
             return made
         try:
+            # Whoever waited here for the first summary takes it, and does not make it again.
+            if self._summary is not None and time.monotonic() < self._valid_until:
+                return self._summary
             start = time.monotonic()
             self._summary = summarise(self._store)
             end = time.monotonic()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import socket
 import threading
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -19,14 +21,18 @@ from rlhf.config.errors import Problem, close_names, config_error, did_you_mean,
 from rlhf.config.overrides import KEY, join_spaced
 from rlhf.config.schema import value_type
 from rlhf.config.values import from_text
-from rlhf.errors import EXIT_SUCCESS, ConfigError
+from rlhf.errors import EXIT_SUCCESS, ConfigError, DataError
+from rlhf.listening import address, is_local, listen
 from rlhf.preferences.page.app import STATIC, Page, make_app
 from rlhf.preferences.page.desk import PAGE, Desk, DeskError, DeskSettings
 from rlhf.preferences.page.guard import GuardSettings
-from rlhf.preferences.page.serving import address, bind, host_names, is_local, make_server
-from rlhf.preferences.page.tokens import Tokens, cookie_name, load_tokens, token_file
+from rlhf.preferences.page.serving import host_names, make_server
+from rlhf.preferences.page.tokens import Tokens, cookie_name, load_tokens, token_file, write_private
 from rlhf.preferences.store import PreferenceStore
 from rlhf.terminal import say, warn
+
+# Files that are imported; somebody may name one as the store.
+_FILES = (".csv", ".gz", ".json", ".jsonl", ".parquet", ".tsv")
 
 
 class LabelOptions(Section):
@@ -70,15 +76,13 @@ def run_label(arguments: Sequence[str]) -> int:
         )
         people = _enrol(desk, options.annotators)
         tokens = load_tokens(path, people, renew=options.new_tokens)
-        with bind(options.host, options.port) as listening:
+        with listen(options.host, options.port) as listening:
             port = listening.getsockname()[1]
             server = make_server(make_app(Page(desk, tokens, _guard(options))))
             links = _links(options.url or address(options.host, port), tokens)
             _announce(store, options, port, links)
-            if options.open_browser:
-                # A browser in the terminal would block until it is closed.
-                threading.Thread(target=webbrowser.open, args=(links[0][1],), daemon=True).start()
-            server.run(sockets=[listening])
+            with opened(path, links[0][1]) if options.open_browser else nullcontext():
+                server.run(sockets=[listening])
     return EXIT_SUCCESS
 
 
@@ -153,7 +157,15 @@ def _open_store(path: Path, options: LabelOptions) -> PreferenceStore:
             f"store={path}: nothing is there. Stage collect with preferences.annotator=human makes a store, and "
             f"`rlhf label store={path} import=FILE` or `rlhf preferences import` fill one from a file"
         )
-    return PreferenceStore.open(path)
+    try:
+        return PreferenceStore.open(path)
+    except DataError as error:
+        if path.suffix not in _FILES:
+            raise
+        raise DataError(
+            f"{error}. To label what a file of prompts and responses holds, let it be imported into a store: "
+            f"rlhf label store={path.with_suffix('.sqlite')} import={path}"
+        ) from error
 
 
 def _import(path: Path, source: Path) -> PreferenceStore:
@@ -213,9 +225,33 @@ def _links(base: str, tokens: Tokens) -> list[tuple[str, str]]:
     return [*links, ("admin view", f"{base}/admin?token={tokens.admin}")]
 
 
+def _why_nothing(num_wanted: int) -> str:
+    if num_wanted > 0:
+        return "every task has its labels, those of an imported file among them; num_labels=N wants N"
+    return "the store has no task for people; import=FILE adds some, and so does a run that writes to it"
+
+
+@contextmanager
+def opened(store: Path, link: str) -> Iterator[None]:
+    """Opens a link in the browser by a file of the owner's: everybody on the machine can read a program's arguments."""
+    path = store.absolute().with_name(f"{store.name}.open.html")
+    target = html.escape(link)
+    write_private(
+        path, f'<!doctype html><title>rlhf label</title><meta http-equiv="refresh" content="0; url={target}">\n'
+    )
+    # A browser in the terminal would block until it is closed.
+    threading.Thread(target=webbrowser.open, args=(path.as_uri(),), daemon=True).start()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def _announce(store: PreferenceStore, options: LabelOptions, port: int, links: Sequence[tuple[str, str]]) -> None:
     totals = store.totals("human")
     say(f"rlhf label: {store.path}: {totals.num_there:,} of {totals.num_wanted:,} labels by people are there")
+    if totals.num_there >= totals.num_wanted:
+        say(f"Nothing is left to label: {_why_nothing(totals.num_wanted)}.")
     width = max(len(name) for name, _ in links)
     for name, link in links:
         say(f"  {name:<{width}}  {link}")

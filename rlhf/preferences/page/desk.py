@@ -124,6 +124,9 @@ class Desk:
         """Appends a label; when this returns it is on disk."""
         try:
             assignment = self._own(body.assignment, annotator)
+            if body.given not in (None, assignment.leased_at.isoformat()):
+                # A tab kept it while another store was served here before, whose assignments have the same numbers.
+                raise RefusedError("unknown_assignment", "another store's")
             answer = answer_from_body(body.answer, assignment.shown)
             label = self.store.submit(
                 assignment.id,

@@ -73,6 +73,7 @@ class FlagBody(Body):
 
 class SubmitBody(Body):
     assignment: AssignmentId
+    given: Annotated[str, Field(max_length=40)] | None = None
     token: SubmissionToken
     answer: AnswerBody
     flags: Annotated[list[FlagBody], Field(max_length=30)] = []
@@ -150,6 +151,7 @@ def task_body(screen: Screen, *, lease_seconds: float, previous: Label | None, n
     prompt = prompt_to_json(screen.prompt.prompt)
     return {
         "assignment": screen.assignment.id,
+        "given": screen.assignment.leased_at.isoformat(),
         "kind": screen.task.plan.kind,
         "prompt": {"text": prompt} if isinstance(prompt, str) else {"messages": prompt},
         "responses": [{"text": response.text} for response in screen.responses],

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
+import errno
+import fcntl
 import hashlib
 import hmac
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import DataError, ReadOnlyError
+from rlhf.errors import DataError, ReadOnlyError, StorageError
 
 _TOKEN_BYTES = 32
 _OWNER_ONLY = 0o600
@@ -58,7 +61,7 @@ class Tokens:
     def sign(self, visitor: Visitor) -> str:
         """A cookie's value that says who the visitor is, and that only the holder of the secrets can make."""
         body = json.dumps([visitor.admin, visitor.name, visitor.fixed], ensure_ascii=True).encode()
-        return f"{_text(body)}.{_text(self._signature(visitor, body))}"
+        return f"{_text(body)}.{_text(self._signature(self._key(visitor), body))}"
 
     def verify(self, value: str) -> Visitor | None:
         """The visitor of a cookie that `sign` made with the same secrets; None for anything else."""
@@ -66,22 +69,27 @@ class Tokens:
         try:
             body = base64.urlsafe_b64decode(body_text.encode("ascii"))
             given = base64.urlsafe_b64decode(signature.encode("ascii"))
-            fields = json.loads(body)
         except ValueError:
             return None
-        if not (isinstance(fields, list) and len(fields) == 3):
+        # The signature comes first: until it is found genuine, the body may be anything, and is not even parsed.
+        keys = [self.admin, *(self.people.values() if self.people else [self.annotator])]
+        if not any(hmac.compare_digest(self._signature(key, body), given) for key in keys):
             return None
-        visitor = Visitor(*fields)
+        visitor = Visitor(*json.loads(body))
         if visitor.fixed and visitor.name not in self.people:
             return None
         if not visitor.fixed and not visitor.admin and self.people:
             return None
-        return visitor if hmac.compare_digest(self._signature(visitor, body), given) else None
+        return visitor if hmac.compare_digest(self._signature(self._key(visitor), body), given) else None
 
-    def _signature(self, visitor: Visitor, body: bytes) -> bytes:
+    def _key(self, visitor: Visitor) -> str:
         # Each cookie hangs on the token of its link: a new token ends the sessions that the old one opened.
         secret = self.people[visitor.name] if visitor.fixed and visitor.name else self.annotator
-        return hmac.digest((self.admin if visitor.admin else secret).encode(), b"session " + body, hashlib.sha256)
+        return self.admin if visitor.admin else secret
+
+    def _signature(self, key: str, body: bytes) -> bytes:
+        # Annotators know the token of their link, and with it alone could sign any name, also that of a judge.
+        return hmac.digest(f"{self.admin} {key}".encode(), b"session " + body, hashlib.sha256)
 
 
 def token_file(store: Path) -> Path:
@@ -96,6 +104,22 @@ def load_tokens(store: Path, people: Sequence[str], *, renew: bool = False) -> T
     Raises `DataError` when the file is not what this wrote, `ReadOnlyError` when it cannot be written.
     """
     path = token_file(store)
+    with _lock(path.parent):
+        return _load(path, people, renew)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Two pages of one store that start at once must not each make links, of which those of one would not work."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _load(path: Path, people: Sequence[str], renew: bool) -> Tokens:
     known = {} if renew else _read(path)
     listed: dict[str, str] = known.get("people", {})
     annotator = known.get("annotator") or _new_token()
@@ -104,7 +128,7 @@ def load_tokens(store: Path, people: Sequence[str], *, renew: bool = False) -> T
     everybody = {**listed, **{name: listed.get(name) or _new_token() for name in people}}
     body = {"annotator": annotator, "admin": admin, "people": everybody}
     if body != known:
-        _write(path, body)
+        write_private(path, json.dumps(body, indent=1))
     return Tokens(annotator, admin, {name: everybody[name] for name in people})
 
 
@@ -141,21 +165,26 @@ def _damaged(path: Path, why: str) -> DataError:
     )
 
 
-def _write(path: Path, body: Mapping[str, Any]) -> None:
-    """Replaces the file as a whole; at no moment can anybody but the owner read it."""
+def write_private(path: Path, text: str) -> None:
+    """Writes a file with secrets, or replaces it as a whole; at no moment can anybody but the owner read it.
+
+    Raises `ReadOnlyError` or `StorageError` when it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(body, file, indent=1)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except PermissionError as error:
-        raise ReadOnlyError(
-            f"the tokens of the labelling page are kept in {path}, which cannot be written: {error.strerror}. Mend the "
-            "permissions of the folder, or copy the store to one of yours"
-        ) from error
+    except OSError as error:
+        what = f"{path}, which holds links of the labelling page, cannot be written: {error.strerror}"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ReadOnlyError(
+                f"{what}. Mend the permissions of the folder, or copy the store to one of yours"
+            ) from error
+        raise StorageError(f"{what}; free some space, or copy the store to another disk") from error
     finally:
         temporary.unlink(missing_ok=True)
 

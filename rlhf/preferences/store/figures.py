@@ -81,10 +81,12 @@ _OPEN_OWN = """
 _REPEATS = """
     SELECT COUNT(*) FROM tasks t WHERE t.num_taken < t.num_labels AND t.repeat_of IS NOT NULL
       AND (t.audience IS NULL OR t.audience = (SELECT kind FROM annotators WHERE name = :annotator))
-      AND EXISTS (SELECT 1 FROM assignments a WHERE a.task = t.repeat_of AND a.annotator = :annotator
-        AND a.state = 'answered')
       AND NOT EXISTS (SELECT 1 FROM assignments a WHERE a.task = t.id AND a.annotator = :annotator
         AND a.state IN ('leased', 'answered', 'declined'))
+      AND COALESCE(
+        (SELECT a.state <> 'declined' FROM assignments a WHERE a.task = t.repeat_of AND a.annotator = :annotator
+          AND a.state IN ('leased', 'answered', 'declined')),
+        (SELECT o.num_taken < o.num_labels FROM tasks o WHERE o.id = t.repeat_of))
 """
 _OTHERS_HOLD = """
     SELECT EXISTS (
@@ -192,7 +194,9 @@ class Figures(Recording):
     def num_open_for(self, annotator: str, totals: Totals) -> int:
         """How many open tasks an annotator could still be given; `totals` are those for their kind.
 
-        Takes a look at each task that they labelled, and at each open blind repeat.
+        A blind repeat counts from the start, together with its original: if it did so only once that is answered, the
+        number would tell which tasks are repeated. Takes a look at each task that they labelled, and at each open
+        blind repeat.
         """
         values = {"annotator": annotator}
         with self._read() as connection:

@@ -171,7 +171,9 @@ class Page {
     if (task) return this.#open(task);
     this.#close();
     if (state === "others") return this.#waitForOthers();
-    const done = `You labelled ${count(progress.labelled, "task")}. Thank you.`;
+    const done = progress.labelled
+      ? `You labelled ${count(progress.labelled, "task")}. Thank you.`
+      : "There is nothing to label: every task has its labels, or there is none.";
     const pace = progress.median_seconds === null ? "" : ` The middle one took ${duration(progress.median_seconds)}.`;
     showMessage("All done", done + pace, ["Look for more", () => this.#guard(() => this.#next())]);
     return announce("All done.");
@@ -212,7 +214,7 @@ class Page {
   /** Fills in what was entered before a reload, or the answer that undo brought back. */
   #restore(task) {
     const { flags = [], comment = "" } = task.previous ?? {};
-    const draft = draftOf(task.assignment) ?? { answer: task.previous, flags, comment, seconds: 0 };
+    const draft = draftOf(task) ?? { answer: task.previous, flags, comment, seconds: 0 };
     this.widget.answer = draft.answer;
     this.#flags.value = draft.flags;
     byId("comment").value = draft.comment;
@@ -300,7 +302,8 @@ class Page {
     const { answer } = this.widget;
     const flags = this.#flags.value;
     const { seconds } = this.#watch;
-    keepDraft({ assignment: this.task.assignment, answer, flags, comment: byId("comment").value, seconds });
+    const { assignment, given } = this.task;
+    keepDraft({ assignment, given, answer, flags, comment: byId("comment").value, seconds });
     byId("submit").disabled = answer === null;
     byId("send-flags").disabled = flags.length === 0;
     byId("chosen").textContent = answer === null ? "" : this.widget.describe(answer);
@@ -313,6 +316,7 @@ class Page {
     if (!this.task || this.busy) return;
     const body = {
       assignment: this.task.assignment,
+      given: this.task.given,
       token: newToken(),
       answer,
       flags: this.#flags.value,

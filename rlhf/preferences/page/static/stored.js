@@ -47,9 +47,10 @@ export function keepUnsent(label) {
 }
 
 /** What was entered for an assignment before a reload; null when nothing was. */
-export function draftOf(assignment) {
+export function draftOf({ assignment, given }) {
   const draft = read(passing, "rlhf-draft");
-  return draft?.assignment === assignment ? draft : null;
+  // The number alone could be that of a task of another store, which was served at this address before.
+  return draft?.assignment === assignment && draft.given === given ? draft : null;
 }
 
 export function keepDraft(draft) {
