@@ -43,7 +43,7 @@ class ActiveSelectionConfig(Section):
     num_members: Annotated[int, Field(ge=2)] = Field(4, description="reward models that disagreement is measured with")
     bootstrap: bool = Field(True, description="each of those members learns from a bootstrap sample of the labels")
     target_accuracies: tuple[Accuracy, ...] = Field(
-        (), description="accuracies to reach; none: what random reaches with all labels, seed by seed"
+        (), description="accuracies to reach, besides what random reaches with all labels of the same seed"
     )
 
     @model_validator(mode="after")

@@ -128,7 +128,7 @@ def exhibits(section: ActiveSelectionConfig, curves: Sequence[Curve]) -> tuple[d
         summary[f"accuracy_{strategy}"] = _cell(mean_of([one.points[-1].accuracy for one in own]))
     need_rows: list[tuple[Any, ...]] = []
     remarks: list[str] = []
-    for target in section.target_accuracies or (None,):
+    for target in (None, *section.target_accuracies):
         rows, said, numbers = _needs(section, by_strategy, target)
         need_rows += rows
         remarks += said
@@ -181,12 +181,16 @@ def _needs(
         if ratio is not None:
             numbers[f"labels_ratio_{key}"] = _cell(ratio)
             said.append(
-                f"{NAMES[strategy].capitalize()} reaches {name} with {ratio.value:.2f} times random's labels "
-                f"[{ratio.low:.2f}, {ratio.high:.2f}]: {verdict}."
+                f"{NAMES[strategy].capitalize()} reaches {name} with {ratio.value:.2f} times random's labels"
+                f"{_interval(ratio)}: {verdict}."
             )
         elif strategy != RANDOM and need.num_reached < len(need.labels):
             said.append(f"{NAMES[strategy].capitalize()} reaches {name} with {reached} seeds: no ratio.")
     return rows, said, numbers
+
+
+def _interval(estimate: Estimate) -> str:
+    return f" [{estimate.low:.2f}, {estimate.high:.2f}]" if math.isfinite(estimate.high) else ""
 
 
 def _verdict(ratio: Estimate) -> str:

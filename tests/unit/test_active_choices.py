@@ -186,7 +186,7 @@ def test_the_exhibits_say_what_the_curves_say() -> None:
     assert any("Near ties" in remark and "0 of 3" in remark for remark in shown.remarks)
     given = section.model_copy(update={"target_accuracies": (0.7, 0.8)})
     summary, shown = exhibits(given, found)
-    assert len(shown.tables[0].rows) == 6
+    assert len(shown.tables[0].rows) == 9
     assert summary["labels_random_0.7"]["value"] == pytest.approx((200 * 200 * 100 * 2 ** (0.1 / 0.11)) ** (1 / 3))
 
 

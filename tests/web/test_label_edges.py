@@ -85,10 +85,8 @@ def test_the_file_that_opens_the_browser_leads_in(
 ) -> None:
     monkeypatch.setattr("webbrowser.open", lambda address: None)
     with running_page(store) as page, opened(store.path, page.link()):
-        seat = sit(page)
+        seat = sit(page, link=(tmp_path / "store.sqlite.open.html").as_uri())
         seat.allowed = ("request: file:",)
-        seat.context.clear_cookies()
-        seat.page.goto((tmp_path / "store.sqlite.open.html").as_uri())
         seat.page.wait_for_url(f"{page.url}/")
         seat.page.get_by_label("Your name").fill("anna")
         seat.press("Enter")

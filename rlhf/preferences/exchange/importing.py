@@ -46,11 +46,12 @@ class ImportReport:
 
     def __str__(self) -> str:
         named = ", ".join(self.annotators[:5]) + (" ..." if len(self.annotators) > 5 else "")
+        noun = "annotator" if len(self.annotators) == 1 else "annotators"
         lines = [
             f"{', '.join(self.files)}: format {self.format}, {self.num_rows:,} rows",
             f"  {self.num_prompts:,} prompts, {self.num_responses:,} responses",
             f"  {self.num_tasks:,} tasks, {self.num_new_tasks:,} of them new",
-            f"  {self.num_labels:,} labels, {self.num_new_labels:,} of them new, by {_number(len(self.annotators), "annotator")}"
+            f"  {self.num_labels:,} labels, {self.num_new_labels:,} of them new, by {len(self.annotators):,} {noun}"
             + (f": {named}" if named else ""),
         ]
         for what, counts in (("left out, nothing to learn", self.unusable), ("broken, left out", self.bad_rows)):
