@@ -54,8 +54,7 @@ class Checker:
                 process = self._asked(task)
             # Longer than what the process itself keeps to: this is for one that was stopped from outside.
             reply = self._line(process, HARD_LIMIT_FACTOR * self._seconds + 2 * HARD_LIMIT_SECONDS)
-        except BaseException:
-            # Its reply would be taken for that to the next question.
+        except BaseException:  # a signal as well: its reply would be taken for that to the next question
             self.close()
             raise
         if reply is None:

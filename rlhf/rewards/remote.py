@@ -71,7 +71,7 @@ class RemoteScorer:
         except ServerProblem as problem:
             self._server.interrupt()
             raise RewardError(str(problem)) from problem
-        except BaseException:
+        except BaseException:  # a signal as well: whatever it is rises, with the questions under way given up
             self._server.interrupt()
             raise
         finally:

@@ -41,7 +41,8 @@ def make_app(config: ServeConfig, batcher: Batcher, description: Description, to
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if token is not None and request.url.path != "/health" and not _is_known(request, token):
+        # `request.url` is put together with the Host header, which is the client's to choose.
+        if token is not None and request.scope["path"] != "/health" and not _is_known(request, token):
             return JSONResponse({"error": "wrong or missing token"}, 401, {"WWW-Authenticate": "Bearer"})
         return await call_next(request)
 

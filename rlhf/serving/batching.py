@@ -118,7 +118,7 @@ class Batcher:
         if len(ready) > 1:
             try:
                 scores = self._served.score([waiting.request for waiting in ready])
-            except Exception:  # noqa: BLE001 - one of them is to blame, and is found by scoring each alone
+            except BaseException:  # noqa: BLE001 - one of them is to blame, and is found by scoring each alone
                 pass
             else:
                 self.counts.passes += 1
@@ -128,7 +128,7 @@ class Batcher:
         for waiting in ready:
             try:
                 scores = self._served.score([waiting.request])
-            except Exception as error:  # noqa: BLE001 - no request may end the server; the client is told
+            except BaseException as error:  # noqa: BLE001 - a function's sys.exit() too would end the thread unseen
                 waiting.future.set_exception(_problem(error))
             else:
                 self.counts.passes += -(-len(waiting.request) // self._served.max_batch_size)
@@ -148,7 +148,7 @@ class Batcher:
         waiting.future.set_result(values)
 
 
-def _problem(error: Exception) -> RequestProblem:
+def _problem(error: BaseException) -> RequestProblem:
     """What the client is told: why its rows cannot be scored, or that the server is at fault, whose log says more."""
     if isinstance(error, RequestProblem):
         return error

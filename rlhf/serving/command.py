@@ -16,6 +16,7 @@ from rlhf.config.compose import load_config
 from rlhf.config.rewards import ModelReward, RewardConfig
 from rlhf.config.serve import ServeConfig
 from rlhf.config.zero import ZeroConfig
+from rlhf.data.templates import chat_template
 from rlhf.errors import EXIT_SUCCESS, ConfigError
 from rlhf.listening import address, listen
 from rlhf.models.paths import base_of, check_model_path, is_adapter, is_ensemble, is_local, member_folders
@@ -158,13 +159,14 @@ def describe(config: RLHFConfig, rewards: RewardSet, runtime: Runtime) -> Descri
 
 
 def served_hash(config: RLHFConfig, precision: str) -> str:
-    """SHA-256 of everything that decides the scores: configs, functions' files, models' content, precision."""
-    paths = checks.reward_model_paths(config.serve.rewards)
+    """SHA-256 of what decides the scores: configs, functions' files, models' content, chat template, precision."""
+    paths, template = checks.reward_model_paths(config.serve.rewards), config.model.chat_template
     return fingerprint(
         {
             "rewards": checks.content_hash(config.serve.rewards, SECTION),
             "models": {name: _content(path, config.model.revision) for name, path in paths.items()},
-            "model": config.model.model_dump(mode="json", include={"chat_template", "attention"}),
+            "model": config.model.model_dump(mode="json", include={"attention"}),
+            "chat_template": None if template is None else chat_template(template),
             "precision": precision,
         }
     )

@@ -73,7 +73,9 @@ def run(context: StageContext) -> StageOutput:
     """Samples, scores, and writes the scores, the curve of every reward that picks, and the best responses."""
     config, runtime, section = context.config, context.runtime, context.config.best_of_n
     tokenizer = load_tokenizer(context.inputs["policy"], config.model, key="best_of_n.policy")
-    num_batches = -(-section.num_prompts * section.num_samples // (section.sampling.batch_size * runtime.world_size))
+    # Of rank 0, which has the largest share.
+    share = -(-section.num_prompts // runtime.world_size)
+    num_batches = -(-share * section.num_samples // section.sampling.batch_size)
     with Tracker.open(
         context.run,
         config.tracking,

@@ -174,7 +174,7 @@ def _measure(
                 ratios = log_ratios(policy, reference, batch or rows[:1], tokenizer.pad_token_id, runtime.device)
                 totals += _sums(config.dpo, ratios, batch).to(runtime.device) if batch else 0
             loss, right, margin, chosen, rejected, count = runtime.sum_over_ranks(totals).tolist()
-            interval = statistics.wilson(round(right), round(count), confidence=CONFIDENCE).to_json()
+            interval = statistics.wilson(right, round(count), confidence=CONFIDENCE).to_json()
             found |= {f"{name}_loss": loss / count, f"{name}_accuracy": interval}
             if name == "test":
                 found |= {
@@ -212,11 +212,15 @@ def log_ratios(
 
 
 def _sums(section: DPOConfig, ratios: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    """Over the pairs: loss, pairs in the right order, margin, implicit rewards of both sides, pairs. (6,) float64."""
+    """Over the pairs: loss, pairs in the right order, margin, implicit rewards of both sides, pairs. (6,) float64.
+
+    Equal rewards are half in the right order.
+    """
     lengths = torch.tensor([[len(side.response_ids) for side in pair] for pair in pairs], dtype=torch.float64).T
     losses = pair_losses(section, ratios, lengths)
     chosen, rejected = section.beta * ratios
-    parts = [losses, (chosen > rejected).double(), chosen - rejected, chosen, rejected, torch.ones_like(chosen)]
+    right = 0.5 + 0.5 * (chosen - rejected).sign()
+    parts = [losses, right, chosen - rejected, chosen, rejected, torch.ones_like(chosen)]
     return torch.stack([part.sum() for part in parts])
 
 

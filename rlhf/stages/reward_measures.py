@@ -96,6 +96,12 @@ class Normalizer:
                 self._texts = _demonstrations(self._context, self._tokenizer)
         return self._texts
 
+    def longest(self) -> int:
+        """Tokens of the longest text; 0 where they are held-out comparisons, or are still to be sampled."""
+        if self._context.config.reward_model.normalization.type != "demonstrations":
+            return 0
+        return max(len(text.prompt_ids) + len(text.response_ids) for text in self.texts() or [])
+
 
 def _demonstrations(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
     splits = fit_lengths(load_demonstrations(context.config.data), tokenizer, context.config.data)

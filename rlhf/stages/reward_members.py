@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.models.ensemble import MEMBERS, write_members
 from rlhf.models.paths import is_ensemble
@@ -18,9 +18,6 @@ from rlhf.runs.folder import StageFolder
 from rlhf.runs.jsonable import read_json
 from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, partial_folder, publish, writing_partial
-
-if TYPE_CHECKING:
-    pass
 
 # What is known of a member's training, beside its weights.
 MEMBER_FILE = "rlhf_member.json"

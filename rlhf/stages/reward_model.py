@@ -25,8 +25,7 @@ from rlhf.records import Comparison
 from rlhf.rewards.learned import STATISTICS_FILE
 from rlhf.runs.files import write_json
 from rlhf.runs.tracking import Tracker
-from rlhf.stages.comparisons import comparisons_of as comparisons_of
-from rlhf.stages.comparisons import ratings_of
+from rlhf.stages.comparisons import comparisons_of, ratings_of
 from rlhf.stages.context import StageContext, StageOutput, partial_folder, publish, save_partial
 from rlhf.stages.reward_evidence import write_held_out
 from rlhf.stages.reward_measures import (
@@ -37,11 +36,10 @@ from rlhf.stages.reward_measures import (
     PairScores,
     ScoredComparison,
     accuracy_summary,
+    encode_all,
     measure,
     scored_comparisons,
 )
-from rlhf.stages.reward_measures import encode_all as encode_all
-from rlhf.stages.reward_measures import score_sequences as score_sequences
 from rlhf.stages.reward_members import (
     Member,
     MemberTracker,
@@ -98,14 +96,15 @@ def run(context: StageContext) -> StageOutput:
     new: list[_New] = [_new_model(members[0].context)]
     tokenizer = new[0].tokenizer
     data = _load_data(context, tokenizer, encoder_decoder=new[0].encoder_decoder)
-    check_positions(new[0].model, _longest(data))
+    normalizer = Normalizer(context, tokenizer)
+    # All of it, since what is too long would end the stage after the training.
+    check_positions(new[0].model, max(_longest(data, tokenizer), normalizer.longest()))
     schedule = plan_schedule(
         section,
         name="reward_model",
         num_examples=len(data.training.examples),
         world_size=context.runtime.world_size,
     )
-    normalizer = Normalizer(context, tokenizer)
     # 2. Train, each member from its newest whole checkpoint if there is one, and publish.
     if len(members) == 1:
         summary, scored = _train_alone(members[0], data, schedule, normalizer, new)
@@ -313,9 +312,12 @@ def training_rows(pairs: list[Pair]) -> dict[str, list[list[int]]]:
     }
 
 
-def _longest(data: _Data) -> int:
-    """Tokens of the longest prompt with its response, of all that is read."""
+def _longest(data: _Data, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest prompt with its response, of all that is learnt from or measured on."""
     texts = [text for split in data.held_out.pairs.values() for pair in split for text in pair]
+    if data.held_out.ratings is not None:
+        rated = [*data.held_out.ratings.validation, *data.held_out.ratings.test]
+        texts += [encode_pair(tokenizer, row.prompt, row.response) for row in rated]
     lengths = [len(text.prompt_ids) + len(text.response_ids) for text in texts]
     if "responses" in data.rows:
         rows = zip(data.rows["prompt_ids"], data.rows["responses"], strict=True)
@@ -349,7 +351,8 @@ def _ensemble_summary(
         split: [(row.chosen_score, row.rejected_score) for row in rows] for split, rows in scored.items()
     }
     summary = accuracy_summary(data.held_out.comparisons, scores)
-    shared = [name for name, value in by_member[0].items() if name not in summary and isinstance(value, float)]
+    names = [name for name in by_member[0] if name not in summary and all(name in member for member in by_member)]
+    shared = [name for name in names if isinstance(by_member[0][name], float)]
     summary |= {name: sum(member[name] for member in by_member) / len(by_member) for name in shared}
     for number, member in enumerate(by_member):
         if "accuracy" in member:

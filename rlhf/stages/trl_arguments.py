@@ -87,6 +87,21 @@ def training_arguments(
 
     Under ZeRO-3 models loaded after this call are sharded: load them before.
     """
+    arguments = _common_arguments(section, context, schedule)
+    if own:
+        return TrainingArguments(**arguments)
+    if kind == "sft":
+        # The rows come with ids and labels; there is nothing left to prepare.
+        arguments |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "packing": False, "shuffle_dataset": False}
+        return SFTConfig(**arguments, max_length=None)
+    if kind == "dpo":
+        return DPOConfig(**arguments, **_dpo_arguments(section))
+    arguments |= {"disable_dropout": True, "center_rewards_coefficient": _center_coefficient(section)}
+    return RewardConfig(**arguments, max_length=None)
+
+
+def _common_arguments(section: TrainingConfig, context: StageContext, schedule: Schedule) -> dict[str, Any]:
+    """What all trainers are told alike."""
     runtime = context.runtime
     on_cpu = runtime.device.type == "cpu"
     deepspeed = deepspeed_json(
@@ -97,7 +112,7 @@ def training_arguments(
         max_grad_norm=section.max_grad_norm,
         device_type="cpu" if on_cpu else "cuda",
     )
-    arguments: dict[str, Any] = {
+    return {
         "output_dir": str(context.stage.checkpoints),
         # Without it `torchrun` on a machine without GPU trains an independent copy on every rank.
         "use_cpu": on_cpu,
@@ -138,16 +153,6 @@ def training_arguments(
         "log_level_replica": "error",
         "push_to_hub": False,
     }
-    if own:
-        return TrainingArguments(**arguments)
-    if kind == "sft":
-        # The rows come with ids and labels; there is nothing left to prepare.
-        arguments |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "packing": False, "shuffle_dataset": False}
-        return SFTConfig(**arguments, max_length=None)
-    if kind == "dpo":
-        return DPOConfig(**arguments, **_dpo_arguments(section))
-    arguments |= {"disable_dropout": True, "center_rewards_coefficient": _center_coefficient(section)}
-    return RewardConfig(**arguments, max_length=None)
 
 
 def _center_coefficient(section: TrainingConfig) -> float:

@@ -19,8 +19,7 @@ from tests.stage_example import make_context, recorded_resumes, require_resumed_
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 # How two ranks share the policy; with `lora` they train adapters.
 CASES: dict[str, dict[str, Any]] = {
-    "stage0": {},
-    "stage2": {"stage": 2},
+    "stage1": {"stage": 1},
     "stage3": {"stage": 3, "extra": SHARD_ALL},
     "lora-stage3": {"stage": 3, "extra": SHARD_ALL},
 }

@@ -26,7 +26,6 @@ from tests.stage_example import make_context, tiny_config
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 # Layout of the members, then how two ranks share them.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "full-stage2": ("full", {"stage": 2}),
     "full-stage3": ("full", {"stage": 3, "extra": SHARD_ALL}),
     "lora-stage3": ("lora", {"stage": 3, "extra": SHARD_ALL}),
 }
@@ -41,7 +40,7 @@ def case_config(folder: Path, layout: str, zero: dict[str, Any], num_processes: 
         "num_members": 2,
         "batch_size": 4,
         "micro_batch_size": 1,
-        "max_steps": 3,
+        "max_steps": 2,
         "log_every": 1,
         "normalization": {"type": "sft_responses", "num_responses": 5, "sampling": {"max_response_tokens": 4}},
     }

@@ -1,4 +1,4 @@
-"""Stages dpo (whole or adapters, ZeRO 0, 2 and 3) and best_of_n on two ranks: what one process gives."""
+"""Stages dpo (whole or adapters, ZeRO 1 and 3) and best_of_n on two ranks: what one process gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ensembles on K-wise comparisons on two ranks, whole or adapters, under ZeRO 2 and 3: what one process gives."""
+"""Ensembles on K-wise comparisons on two ranks, whole or adapters, under ZeRO 3: what one process gives."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_rows_11_and_42_two_ranks_train_and_save_what_one_process_does(runs: Pat
         assert known[1]["score_mean"] == pytest.approx(known[0]["score_mean"], abs=1e-3)
         assert known[1]["num_scores"] == 5
     lines, wanted = metrics_of(runs / case, "reward_model"), metrics_of(runs / layout, "reward_model")
-    assert [line["step"] for line in lines] == [line["step"] for line in wanted] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == [line["step"] for line in wanted] == [1, 2, 3, 4]
     for name in ("loss", "grad_norm", "accuracy", "margin", "score_mean"):
         key = f"reward_model/{name}"
-        for step in (0, 3):  # the first of each member: rounding has had no time to grow
+        for step in (0, 2):  # the first of each member: rounding has had no time to grow
             assert lines[step][key] == pytest.approx(wanted[step][key], rel=1e-4, abs=1e-6), name
 
 

@@ -25,11 +25,10 @@ from tests.stage_example import make_context, recorded_resumes, require_resumed_
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"stage": 0},
-    "stage1": {"stage": 1},
     "stage2": {"stage": 2},
     "stage3": {"stage": 3, "extra": SHARD_ALL},
 }
-RESUMED = ("stage2", "stage3")
+RESUMED = ("stage3",)
 KILLED_AT = 7
 
 

@@ -11,7 +11,7 @@ from rlhf.records import Comparison, read_records
 from tests.command import rlhf_command
 from tests.unit.preference_files import hh_row, write_rows
 
-NUM_TRANSCRIPTS = 240
+NUM_TRANSCRIPTS = 160
 # The smallest model that reads the transcripts.
 TINY = (
     "model=tiny",
@@ -23,9 +23,9 @@ TINY = (
     "data.max_response_tokens=64",
     "tracking.wandb=disabled",
     "distributed.device=cpu",
-    "sft.max_steps=2",
+    "sft.max_steps=1",
     "sft.batch_size=8",
-    "reward_model.max_steps=16",
+    "reward_model.max_steps=12",
     "reward_model.batch_size=16",
     "reward_model.learning_rate=3e-3",
     "reward_report.bootstrap_resamples=100",

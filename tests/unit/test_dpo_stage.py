@@ -16,9 +16,8 @@ from torch import Tensor
 from rlhf.config import RLHFConfig
 from rlhf.config.dpo import DPOConfig
 from rlhf.config.model import ScratchConfig
-from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.root import PIPELINE
-from rlhf.data.tokenization import encode_pair
+from rlhf.data.tokenization import EncodedPair, encode_pair
 from rlhf.errors import ConfigError, DataError
 from rlhf.models import build_from_scratch, load_tokenizer
 from rlhf.models.loading import load_policy
@@ -191,6 +190,12 @@ def test_training_starts_at_the_reference_and_learns_the_comparisons(files: Path
     assert (summary["num_train"], summary["num_test"]) == (40, 7)
 
 
+def test_pairs_of_equal_rewards_are_half_right() -> None:
+    ratios = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    side = EncodedPair([1], [2])
+    assert dpo._sums(section("sigmoid"), ratios, [(side, side)] * 3).tolist()[1:] == [1.5, 0.0, 0.5, 0.5, 3.0]
+
+
 def test_what_is_reported_is_measured_on_the_published_model(files: Path) -> None:
     summary = json.loads((files / "summary.json").read_text())
     context = context_of(files, "whole")
@@ -304,17 +309,6 @@ def test_the_first_comparisons_of_the_training_split(files: Path, stage: str) ->
     assert (first.validation, first.test) == (every.validation, every.test)
     with pytest.raises(DataError, match=rf"{stage}\.num_comparisons=41, but the training split has 40 comparisons"):
         comparisons_of(context, tokenizer, 41)
-
-
-def test_a_reward_model_learns_from_the_first_comparisons(files: Path) -> None:
-    from rlhf.stages import reward_model
-
-    config = tiny_config(files, reward_model={"max_steps": 1, "num_comparisons": 9})
-    inputs = {"base": str(files / "policy"), "comparisons": str(files / "comparisons")}
-    summary = reward_model.run(make_context(config, files / "few", "reward_model", inputs)).summary
-    assert (summary["num_train"], summary["num_test"]) == (9, 7)
-    with pytest.raises(ValidationError, match="learns from ratings"):
-        RewardModelConfig.model_validate({"loss": {"type": "rating"}, "num_comparisons": 9})
 
 
 # --- what is refused, and the wiring ----------------------------------------------------------------------------------

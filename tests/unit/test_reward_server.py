@@ -91,13 +91,17 @@ def test_clients_at_once_share_passes_and_keep_their_rows(model: str, expected: 
 
 
 def test_one_clients_mistake_is_not_the_others(tmp_path: Path) -> None:
-    source = "def reward(prompts, completions, **columns):\n    return [1 / (len(text) - 3) for text in completions]\n"
+    source = (
+        "import sys\ndef reward(prompts, completions, **columns):\n"
+        "    return [sys.exit() if text == 'leave' else 1 / (len(text) - 3) for text in completions]\n"
+    )
     path = write_rewards(tmp_path, source)
     arguments = [f"reward={{type: function, file: {path}}}", "serve.max_wait_ms=300"]
-    with serving(*arguments) as running, ThreadPoolExecutor(3) as clients:
-        texts = ["good", "bad", "great"]
+    with serving(*arguments) as running, ThreadPoolExecutor(4) as clients:
+        texts = ["good", "bad", "great", "leave"]
         answers = list(clients.map(lambda text: post(running, {"prompts": ["p"], "responses": [text]}), texts))
-    assert [answer.status_code for answer in answers] == [200, 422, 200]
+        assert post(running, {"prompts": ["p"], "responses": ["fine"]}).json()["scores"] == [1.0]  # it goes on
+    assert [answer.status_code for answer in answers] == [200, 422, 200, 500]
     assert [answers[0].json()["scores"], answers[2].json()["scores"]] == [[1.0], [0.5]]
     assert "ZeroDivisionError" in answers[1].json()["error"]
 
@@ -206,7 +210,12 @@ def test_limits_of_size_token_and_waiting(tmp_path: Path) -> None:
     limits = ["serve.max_body_mib=0.01", "serve.max_waiting_rows=3", "serve.max_wait_ms=0"]
     with serving(reward, *limits, token="secret") as running:
         body = {"prompts": ["a", "b"], "responses": ["c", "d"]}
-        for headers in ({}, {"Authorization": "Bearer secrets"}, {"Authorization": "Basic secret"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer secrets"},
+            {"Authorization": "Basic secret"},
+            {"Host": "a/health?"},
+        ):
             answer = post(running, body, **headers)
             assert (answer.status_code, answer.json()) == (401, {"error": "wrong or missing token"})
             assert httpx.get(f"{running.address}/info", headers=headers).status_code == 401
@@ -267,6 +276,12 @@ def test_the_hash_is_of_what_decides_the_scores(model: str, tmp_path: Path) -> N
     assert hashed(f"reward.model={model}", "serve.max_batch_size=3", "seed=4") == same
     assert hashed(f"reward.model={model}", "reward.weight=2") != same
     assert hashed(f"reward.model={model}", precision="bf16") != same
+    template, with_template = tmp_path / "chat.jinja", f"model.chat_template={tmp_path / 'chat.jinja'}"
+    templates = []
+    for text in ("{{ messages }}", "{{ messages }}.", "{{ messages }}"):
+        template.write_text(text)
+        templates.append(hashed(f"reward.model={model}", with_template))
+    assert templates[0] == templates[2] != templates[1] != same
     other = write_models(tmp_path, score_scale=3.0)["reward_model"]
     assert hashed(f"reward.model={other}") != same
 

@@ -21,6 +21,7 @@ from rlhf.models import ScalarModel, build_from_scratch, generate, load_policy, 
 from rlhf.ops.sequences import left_pad
 from rlhf.records import Comparison, read_records
 from rlhf.stages import reward_model, sft, trl_adapter
+from rlhf.stages.reward_measures import encode_all, score_sequences
 from rlhf.stages.seq2seq_training import (
     ComparisonCollator,
     ComparisonTrainer,
@@ -107,16 +108,17 @@ def test_sums_of_the_validation_loss_follow_from_single_rows() -> None:
 
 def test_row_11_accumulation_gives_what_one_batch_gives(tmp_path: Path) -> None:
     """Responses have one to five words, so a mean of means would weigh their tokens otherwise."""
-    whole = run_sft(tmp_path, "whole")
-    split = run_sft(tmp_path, "split", sft={"micro_batch_size": 2})
+    steps: dict[str, Any] = {"max_steps": 3}
+    whole = run_sft(tmp_path, "whole", sft=steps)
+    split = run_sft(tmp_path, "split", sft={**steps, "micro_batch_size": 2})
     expected, found = load_file(whole / "model.safetensors"), load_file(split / "model.safetensors")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3)
     lines = [metrics_of(tmp_path / run, "sft") for run in ("whole", "split")]
     for name in ("loss", "grad_norm", "token_accuracy", "entropy"):
         assert lines[1][0][f"sft/{name}"] == pytest.approx(lines[0][0][f"sft/{name}"], rel=1e-5), name
-    base = run_reward(tmp_path, "whole", whole)
-    pieces = run_reward(tmp_path, "split", whole, reward_model={"micro_batch_size": 2})
+    base = run_reward(tmp_path, "whole", whole, reward_model=steps)
+    pieces = run_reward(tmp_path, "split", whole, reward_model={**steps, "micro_batch_size": 2})
     expected, found = load_file(base / "model.safetensors"), load_file(pieces / "model.safetensors")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3)
@@ -197,8 +199,8 @@ def test_stages_learn_and_publish_what_plain_transformers_loads(tmp_path: Path) 
     assert type(plain).__name__ == "T5ForSequenceClassification"
     last = metrics_of(tmp_path / "run", "reward_model")[-1]
     assert last["reward_model/test_accuracy"] == 1.0
-    scores = reward_model.score_sequences(ScalarModel.load(reward), PAIRS, torch.device("cpu"))
-    one_by_one = [reward_model.score_sequences(ScalarModel.load(reward), [p], torch.device("cpu"))[0] for p in PAIRS]
+    scores = score_sequences(ScalarModel.load(reward), PAIRS, torch.device("cpu"))
+    one_by_one = [score_sequences(ScalarModel.load(reward), [p], torch.device("cpu"))[0] for p in PAIRS]
     assert scores == pytest.approx(one_by_one, abs=1e-5)
 
 
@@ -214,8 +216,8 @@ def test_the_center_coefficient_charges_the_squared_sum_of_a_pairs_scores(tmp_pa
     order = trl_adapter.example_order(schedule, seed=config.seed, purpose="reward_model")[:8]
     records = [read_records(tmp_path / "comparisons/train.jsonl", Comparison)[place] for place in order]
     scalar, device = ScalarModel.from_policy(base, seed=config.seed), torch.device("cpu")
-    pairs = reward_model.encode_all(load_tokenizer(base), records)
-    chosen, rejected = (reward_model.score_sequences(scalar, [pair[side] for pair in pairs], device) for side in (0, 1))
+    pairs = encode_all(load_tokenizer(base), records)
+    chosen, rejected = (score_sequences(scalar, [pair[side] for pair in pairs], device) for side in (0, 1))
     expected = sum(0.3 * (first + second) ** 2 for first, second in zip(chosen, rejected, strict=True)) / 8
     assert expected > 1e-3
     assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-3)

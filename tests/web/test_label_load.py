@@ -1,6 +1,6 @@
 """Many annotators at once over real HTTP, and the server killed in the middle: nothing is lost, doubled or too much.
 
-As it runs in CI it is a smaller version of the acceptance run; RLHF_LABEL_LOAD=full makes it 40 annotators and 2,000
+As it runs in CI it is a smaller version of the full run; RLHF_LABEL_LOAD=full makes it 40 annotators and 2,000
 tasks, and is the one that measures. Server, annotators and this test are three processes.
 """
 

@@ -172,7 +172,7 @@ class Database:
             try:
                 yield connection
                 connection.execute("COMMIT")
-            except BaseException:
+            except BaseException:  # a signal as well: whatever it is rises, with nothing half written
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
