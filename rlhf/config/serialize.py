@@ -54,15 +54,15 @@ def config_from_file(path: Path | str) -> RLHFConfig:
     return validate(draft, Findings())
 
 
-def config_from_values(values: Mapping[str, Any], source: str, context: Mapping[str, Any] | None = None) -> RLHFConfig:
+def config_from_values(values: Mapping[str, Any], source: str) -> RLHFConfig:
     """The config of values as `model_dump(mode="json")` gives them; `source` names who set them in errors.
 
-    `context` is pydantic's. Raises `ConfigError` that names every mistake.
+    Raises `ConfigError` that names every mistake.
     """
     draft = Draft()
     plain = _plain(values)
     draft.merge((), plain, {path: Origin(source, "file") for path in flatten(plain)})
-    return validate(draft, Findings(), context)
+    return validate(draft, Findings())
 
 
 def config_hash(config: RLHFConfig, exclude: Sequence[str] = ()) -> str:

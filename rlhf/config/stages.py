@@ -28,7 +28,7 @@ class SamplingConfig(Section):
 
 
 class CollectConfig(Section):
-    """Preference collection: responses sampled from the policy. `preferences` says what is asked about them, of whom."""
+    """Preference collection: what is sampled from the policy. `preferences` says what is asked about it, of whom."""
 
     policy: str | None = Field(None, description="policy that writes the responses; null is this run's SFT model")
     num_comparisons: PositiveInt = Field(4000, description="tasks about training prompts")

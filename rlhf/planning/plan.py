@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from pydantic import ValidationError
 
-from rlhf.config import RLHFConfig, config_from_values
+from rlhf.config import RLHFConfig
 from rlhf.config.peft import uses_lora
 from rlhf.config.root import UNEVEN_BATCHES, uneven_batches
 from rlhf.errors import ConfigError
@@ -222,19 +223,20 @@ def _try(stage: TrainedStage, config: RLHFConfig, overrides: tuple[str, ...], kn
         batches = tuple(f"{name}.batch_size={size}" for name, size in uneven_batches(wanted).items())
         wanted = _with(wanted, batches)
         peak = stage_peak(stage, wanted, find_sources(wanted, known=known), setting_of(wanted))
-    except ConfigError:
+    except (ValidationError, ConfigError):
         return None
     return _Tried(wanted, (*overrides, *batches), peak)
 
 
 def _with(config: RLHFConfig, overrides: tuple[str, ...]) -> RLHFConfig:
-    """The config with other values, checked as a whole. Raises `ConfigError`."""
+    """The config with other values, checked as a whole. Raises pydantic's `ValidationError`."""
     values = config.model_dump()
     for override in overrides:
         key, _, text = override.partition("=")
         section, _, name = key.partition(".")
         values[section][name] = yaml.safe_load(text)
-    return config_from_values(values, ", ".join(overrides), context={UNEVEN_BATCHES: True})
+    # Hundreds of these are tried, so pydantic alone looks at them: the values are a config's own.
+    return RLHFConfig.model_validate(values, context={UNEVEN_BATCHES: True})
 
 
 Propose = Callable[[TrainedStage, RLHFConfig, Setting], tuple[str, ...] | None]

@@ -25,8 +25,8 @@ class Source:
 class Sources:
     """The models of all stages. `rewards` are the reward models that PPO loads, each once; `critic` is None on a trunk.
 
-    An ensemble of whole models is as many of `rewards` as it has members. `same_reference`: the reference is where the policy
-    starts.
+    An ensemble of whole models is as many of `rewards` as it has members. `same_reference`: the reference is where the
+    policy starts.
     """
 
     base: Source
