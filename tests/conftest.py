@@ -29,6 +29,7 @@ settings.load_profile("rlhf")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where pytest-xdist shares the tests out (`-n 2 --dist loadgroup`), a file of unit tests stays together.
 

@@ -91,6 +91,8 @@ def run_study(config: RLHFConfig, run: RunFolder, name: StageName, policy: str, 
     # All configs first: a mistake should not show after an hour.
     prepared = [(arm, arm_config(config, run, arm)) for arm in study.arms(config, run, policy)]
     for number, (arm, own) in enumerate(prepared, start=1):
+        # What arms share, such as a preference store, lies beside them.
+        arm_folder(run, arm.name).create()
         say(f"── {name}: {arm.name} ({number}/{len(prepared)}) ──")
         code = run_arm(own)
         if code != EXIT_SUCCESS:
