@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/rlhf run experiment=quickstart $(RLHF_ARGS)
 
 test: $(VENV)/.installed-development
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-development
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from pathlib import Path
+from typing import Any
 
 # Before any library is imported: these are read at import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,16 +29,19 @@ settings.load_profile("rlhf")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where pytest-xdist shares the tests out (`-n 2 --dist loadgroup`), a file of unit tests stays together.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How pytest-xdist shares the tests out (`-n 2`): a file of unit tests stays together.
 
     All tests that start processes are one group, so that never two of them compete for the cores.
     """
-    unit = Path(__file__).parent / "unit"
-    for item in items:
-        group = item.path.name if item.path.is_relative_to(unit) else "processes"
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist ships no types
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.split("::", 1)[0] if nodeid.startswith("tests/unit/") else "processes"
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(autouse=True)
