@@ -7,6 +7,7 @@ transformers or PEFT loads by itself.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -37,15 +38,15 @@ if TYPE_CHECKING:
 MEMBERS = "members"
 
 
-class ScalarEnsemble(nn.Module):
+class ScalarEnsemble(nn.Module, ABC):
     """The members of an ensemble, in the order of its list. `load` makes the kind that fits the folder."""
 
     num_members: int
     encoder_decoder: bool
 
+    @abstractmethod
     def member_scores(self, input_ids: Tensor, attention_mask: Tensor, num_prompt: int | None) -> Tensor:
         """The scores (M, B) float32 of B responses by each of M members; the arguments are `response_scores`'s."""
-        raise NotImplementedError
 
     @staticmethod
     def load(

@@ -5,6 +5,7 @@ Neither micro-batches, nor ranks, nor uneven lengths change the loss or what is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import Trainer
 Sums = dict[str, Tensor]
 
 
-class SumTrainer(Trainer):
+class SumTrainer(Trainer, ABC):
     """transformers' Trainer with a loss that is a sum, and metrics that are means over all examples between two logs.
 
     A batch holds `labels`; those that are not -100 are counted over the optimiser step. Its masks, whose names end in
@@ -31,12 +32,12 @@ class SumTrainer(Trainer):
         self._sums: Sums = {}
         self._num_tokens = 0.0
 
+    @abstractmethod
     def loss_sum(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int, Sums]:
         """The micro-batch's summed loss, how many labels make one of its terms, and the sums of what is logged.
 
         The sums have the same names in every batch; `means` makes of them what is logged.
         """
-        raise NotImplementedError
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
         """What is logged, from the sums over all examples since the last log: each over the sum named `count`."""
