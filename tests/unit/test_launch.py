@@ -143,12 +143,16 @@ def test_every_rank_gets_its_environment(
 def test_a_failing_rank_ends_all_and_the_end_of_its_log_is_returned(
     tmp_path: Path, mark: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    code = """
-        import os, sys, time
-        print("hello from rank", os.environ["RANK"])
+    code = f"""
+        import os, pathlib, sys, time
+        ready = pathlib.Path({str(tmp_path)!r}, "ready")
+        print("hello from rank", os.environ["RANK"], flush=True)
         if os.environ["RANK"] == "1":
+            while not ready.exists():
+                time.sleep(0.01)
             print("earlier", *range(50), sep="\\n")
             sys.exit(7)
+        ready.touch()
         time.sleep(60)
     """
     started = time.monotonic()
