@@ -9,8 +9,23 @@ from pydantic import Field, model_validator
 from rlhf.config.base import NonNegativeInt, PositiveInt, Probability, Section
 
 RowFormat = Literal[
-    "auto", "prompt_response", "rating", "messages", "preference", "hh", "input_output", "contents", "text"
+    "auto",
+    "prompt_response",
+    "rating",
+    "messages",
+    "preference",
+    "hh",
+    "input_output",
+    "contents",
+    "text",
+    "query_responses",
+    "summaries",
+    "post_summary",
+    "instruction",
+    "best_of",
 ]
+# What a stage asks a source for.
+Kind = Literal["demonstrations", "comparisons", "prompts", "ratings"]
 
 
 class SplitConfig(Section):
@@ -52,6 +67,9 @@ class FileData(_DataSection):
     type: Literal["files"] = "files"
     path: str = Field(description="a file, or a folder with train/validation/test files")
     format: RowFormat = Field("auto", description="row format; auto tells it from the keys of the first row")
+    decode_with: str | None = Field(
+        None, description="hub id or folder of the tokenizer that wrote token ids which stand for texts in the rows"
+    )
     splits: SplitConfig = Field(SplitConfig(), description="used where the folder has no file for a split")
 
 
@@ -62,7 +80,11 @@ class HubData(_DataSection):
     path: str = Field(description="hub id such as Anthropic/hh-rlhf, or a folder written by save_to_disk")
     name: str | None = Field(None, description="configuration of the data set")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    split: str | None = Field(None, description="take this split of the data set alone, and divide it; null: all")
     format: RowFormat = Field("auto", description="row format; auto tells it from the keys of the first row")
+    decode_with: str | None = Field(
+        None, description="hub id or folder of the tokenizer that wrote token ids which stand for texts in the rows"
+    )
     splits: SplitConfig = Field(SplitConfig(), description="used where the data set has no such split")
 
 
@@ -70,7 +92,10 @@ class LabelledTextData(_DataSection):
     """Texts with a class label: continuations of their first words, pairs of a preferred against another class."""
 
     type: Literal["labelled_text"] = "labelled_text"
-    path: str = Field(description="a file, or a folder with train/validation/test files")
+    path: str = Field(description="a file, a folder with train/validation/test files, or see from_hub")
+    from_hub: bool = Field(False, description="path is a hub id such as stanfordnlp/imdb, or what save_to_disk wrote")
+    name: str | None = Field(None, description="configuration of the data set, with from_hub")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub, with from_hub")
     text_field: str = Field("text", description="column of the text")
     label_field: str = Field("label", description="column of the label")
     preferred_label: str = Field("positive", description="label whose texts are the chosen side of a pair")
@@ -82,4 +107,53 @@ class LabelledTextData(_DataSection):
     splits: SplitConfig = Field(SplitConfig(), description="used where the folder has no file for a split")
 
 
-DataConfig = Annotated[EmbeddedData | FileData | HubData | LabelledTextData, Field(discriminator="type")]
+SourceConfig = EmbeddedData | FileData | HubData | LabelledTextData
+
+
+class NoData(Section):
+    """No source of its own."""
+
+    type: Literal["none"] = "none"
+
+
+PartConfig = Annotated[NoData | SourceConfig, Field(discriminator="type")]
+
+
+class PartsData(Section):
+    """Demonstrations, comparisons and prompts from data sets of their own."""
+
+    type: Literal["parts"] = "parts"
+    demonstrations: PartConfig = Field(
+        NoData(), description="texts of SFT; none: the chosen responses of the comparisons"
+    )
+    comparisons: PartConfig = Field(NoData(), description="pairs of the reward model and DPO; none: there are none")
+    prompts: PartConfig = Field(NoData(), description="what policies answer; none: the demonstrations' prompts")
+
+    def source(self, kind: Kind) -> SourceConfig | None:
+        """Where records of a kind come from; None where no part has them."""
+        wanted: dict[Kind, tuple[PartConfig, ...]] = {
+            "demonstrations": (self.demonstrations, self.comparisons),
+            "comparisons": (self.comparisons,),
+            "prompts": (self.prompts, self.demonstrations, self.comparisons),
+            "ratings": (),
+        }
+        return next((part for part in wanted[kind] if not isinstance(part, NoData)), None)
+
+    def sources(self) -> dict[str, SourceConfig]:
+        """The parts that have a source, by their key."""
+        parts = {"demonstrations": self.demonstrations, "comparisons": self.comparisons, "prompts": self.prompts}
+        return {name: part for name, part in parts.items() if not isinstance(part, NoData)}
+
+
+DataConfig = Annotated[EmbeddedData | FileData | HubData | LabelledTextData | PartsData, Field(discriminator="type")]
+
+
+def source_of(config: DataConfig, kind: Kind) -> SourceConfig | None:
+    """The source of a kind of records: the data itself, or one of its parts; None where no part has them."""
+    return config.source(kind) if isinstance(config, PartsData) else config
+
+
+def paths_of(config: DataConfig) -> list[str]:
+    """The files, folders and hub ids that the data is read from, each once."""
+    sources = config.sources().values() if isinstance(config, PartsData) else [config]
+    return list(dict.fromkeys(source.path for source in sources if not isinstance(source, EmbeddedData)))

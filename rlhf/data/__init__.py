@@ -2,6 +2,7 @@
 
 from rlhf.data.labelled_text import load_labelled_texts
 from rlhf.data.sources import (
+    data_content,
     data_hash,
     gives_comparisons,
     load_comparisons,
@@ -9,6 +10,7 @@ from rlhf.data.sources import (
     load_prompts,
     load_ratings,
     preflight,
+    settings_of,
     training_texts,
 )
 from rlhf.data.splits import BadRow, BadRows, Origin, Splits
@@ -18,6 +20,7 @@ __all__ = [
     "BadRows",
     "Origin",
     "Splits",
+    "data_content",
     "data_hash",
     "gives_comparisons",
     "load_comparisons",
@@ -26,5 +29,6 @@ __all__ = [
     "load_prompts",
     "load_ratings",
     "preflight",
+    "settings_of",
     "training_texts",
 ]

@@ -11,6 +11,7 @@ from rlhf.config.data import FileData, HubData, SplitConfig
 from rlhf.data.formats import FORMATS, RowError, as_kind, detect_format
 from rlhf.data.readers import Row
 from rlhf.data.splits import SPLITS, BadRow, Origin, SplitName, Splits, is_empty, refuse_or_skip, split_key, split_of
+from rlhf.data.token_ids import with_texts
 from rlhf.errors import ConfigError, DataError
 from rlhf.records import Comparison, Demonstration, Prompt, RatedResponse, Record, RecordT
 
@@ -46,10 +47,12 @@ def assemble(rows_by_split: RowsBySplit, config: FileData | HubData, kind: type[
     source = f"data.path={config.path}"
     bad_rows: list[BadRow] = []
     placed: list[Placed[RecordT]] = []
-    num_rows = 0
+    num_rows, last = 0, None
     for split, rows in rows_by_split.items():
         for entry in _parse(rows, split, config, kind):
-            num_rows += 1
+            # A row may hold several comparisons.
+            num_rows += entry.origin != last
+            last = entry.origin
             if isinstance(entry, BadRow):
                 bad_rows.append(entry)
             else:
@@ -76,7 +79,7 @@ def _parse(
 ) -> Iterator[Placed[RecordT] | BadRow]:
     """Every row as a record of the wanted kind or as a broken row."""
     source = f"data.path={config.path}"
-    name, all_rows = choose_format(iter(rows), config.format, source)
+    name, all_rows = choose_format(with_texts(rows, config.decode_with), config.format, source)
     if name is None:
         yield from (row for row in all_rows if isinstance(row, BadRow))
         return
@@ -87,19 +90,21 @@ def _parse(
         if isinstance(row, BadRow):
             yield row
             continue
+        records: list[RecordT] = []
         try:
-            full = FORMATS[name].parse(row.fields)
-            record = as_kind(full, kind, row.fields, FORMATS[name].prompt_fields)
-            if record is None:
-                example = full
-                raise RowError(f"the row gives no {KIND_NAMES[kind].removesuffix('s')}")
-            if kind is Prompt and is_empty(record.prompt):
-                raise RowError("the prompt is empty")
+            for full in FORMATS[name].records(row.fields, kind):
+                record = as_kind(full, kind, row.fields, FORMATS[name].prompt_fields)
+                if record is None:
+                    example = full
+                    raise RowError(f"the row gives no {KIND_NAMES[kind].removesuffix('s')}")
+                if kind is Prompt and is_empty(record.prompt):
+                    raise RowError("the prompt is empty")
+                records.append(record)
         except RowError as error:
             yield BadRow(row.origin, str(error))
         else:
             num_given += 1
-            yield Placed(split, row.origin, record, split_key(record))
+            yield from (Placed(split, row.origin, record, split_key(record)) for record in records)
     if example is not None and not num_given:
         less = "prompts" if isinstance(example, Prompt) else "demonstrations and prompts"
         raise ConfigError(f"{source}: {KIND_NAMES[kind]} are wanted, but its rows (format {name}) give only {less}")

@@ -13,6 +13,7 @@ Name and fields of a row; what a row gives:
   index of the better one (a comparison), or alone (a prompt).
 - `contents`: `contents`, a list of `role` (user, model) and `parts` of `text`, and `systemInstruction`; as `messages`.
 - `text`: `text`; a demonstration with an empty prompt.
+- `query_responses`, `summaries`, `post_summary`, `instruction`, `best_of`: see `rlhf.data.paper_formats`.
 
 A comparison also serves as the demonstration of its chosen response, a rated response as that of its response, and all
 serve as their prompt (`as_kind`).
@@ -26,10 +27,11 @@ A null field counts as absent. What does not fit raises `RowError`, whose text i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.data import paper_formats
 from rlhf.data.comparison_columns import comparison_columns
 from rlhf.data.readers import json_type
 from rlhf.data.turns import RowError as RowError
@@ -58,7 +60,8 @@ RESPONSE_FIELDS = ("response", "completion", "output", "answer")
 class Format:
     """How one format is recognised and read.
 
-    `prompt_fields` are the fields that make up the prompt; a `Prompt` keeps the others as its columns.
+    `prompt_fields` are the fields that make up the prompt; a `Prompt` keeps the others as its columns. `several`: a row
+    holds several comparisons.
     """
 
     describes: str
@@ -66,6 +69,11 @@ class Format:
     parse: Callable[[Fields], Record]
     prompt_fields: tuple[str, ...]
     gives: tuple[type[Record], ...]
+    several: Callable[[Fields], Sequence[Record]] | None = None
+
+    def records(self, row: Fields, kind: type[Record]) -> Sequence[Record]:
+        """What a row gives: several comparisons in some formats, one record of any other kind. Raises `RowError`."""
+        return [self.parse(row)] if self.several is None or kind is not Comparison else self.several(row)
 
 
 def detect_format(row: Fields) -> str:
@@ -224,6 +232,42 @@ def _is_transcript_pair(row: Fields) -> bool:
 _BOTH, _ALL = (Demonstration, Prompt), (Comparison, Demonstration, Prompt)
 # The order is that of detection: a format whose fields another also has comes first.
 FORMATS: dict[str, Format] = {
+    "query_responses": Format(
+        "query with response0, response1 and choice, or with reference_response",
+        lambda row: "query" in row and ("response0" in row or "reference_response" in row),
+        paper_formats.parse_query_responses,
+        ("query",),
+        _ALL,
+    ),
+    "best_of": Format(
+        "query, sample0, sample1, ... and best, the number of the best one",
+        _has("query", "sample0", "best"),
+        paper_formats.parse_best_of,
+        ("query",),
+        _ALL,
+        paper_formats.best_of_comparisons,
+    ),
+    "summaries": Format(
+        "info with post, summaries with text, choice",
+        _has("info", "summaries", "choice"),
+        paper_formats.parse_summaries,
+        ("info",),
+        _ALL,
+    ),
+    "instruction": Format(
+        "instruction, input, output_1, output_2 and preference, or answers and preference",
+        paper_formats.is_comparison_of_instruction,
+        paper_formats.parse_instruction,
+        ("instruction", "input"),
+        _ALL,
+    ),
+    "post_summary": Format(
+        "post, summary and usually subreddit, title",
+        _has("post", "summary"),
+        paper_formats.parse_post_summary,
+        ("subreddit", "title", "post"),
+        _BOTH,
+    ),
     "hh": Format(
         "chosen, rejected: transcripts of Human and Assistant",
         _is_transcript_pair,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import os
@@ -31,17 +32,30 @@ def load_hub(config: HubData, kind: type[RecordT]) -> Splits[RecordT]:
     Raises `ConfigError` for an unknown id, revision, configuration or folder, `DataError` when the hub cannot be
     reached or a folder is damaged; otherwise as `assemble`.
     """
+    return assemble(hub_rows(config), config, kind)
+
+
+def hub_rows(config: HubData) -> RowsBySplit:
+    """All rows by split, before anything is made of them. Errors as in `load_hub`."""
     check_hub(config)
-    loaded = _load_folder(config) if is_saved_folder(config.path) else _load_from_hub(config)
-    rows: RowsBySplit
-    if isinstance(loaded, dict):
-        rows = {
-            split: _rows(loaded[name], f"{config.path} [{name}]")
-            for split, name in choose_splits(list(loaded), config.path).items()
-        }
-    else:
-        rows = {None: _rows(loaded, config.path)}
-    return assemble(rows, config, kind)
+    return _rows_by_split(_load_folder(config) if is_saved_folder(config.path) else _load_from_hub(config), config)
+
+
+def _rows_by_split(loaded: Any, config: HubData) -> RowsBySplit:
+    if not isinstance(loaded, dict):
+        if config.split is not None:
+            raise ConfigError(f"data.split={config.split}: {config.path} is a single split; set data.split=null")
+        return {None: _rows(loaded, config.path)}
+    if config.split is not None:
+        if config.split not in loaded:
+            near = difflib.get_close_matches(config.split, loaded, n=1)
+            raise ConfigError(
+                f"data.split={config.split}: {config.path} has no such split; it has {', '.join(loaded)}"
+                + (f". Did you mean {near[0]}?" if near else "")
+            )
+        return {None: _rows(loaded[config.split], f"{config.path} [{config.split}]")}
+    names = choose_splits(list(loaded), config.path)
+    return {split: _rows(loaded[name], f"{config.path} [{name}]") for split, name in names.items()}
 
 
 def is_saved_folder(path_text: str) -> bool:
@@ -89,7 +103,10 @@ def choose_splits(names: list[str], path: str) -> dict[SplitName | None, str]:
                 "that are meant as train, validation and test with DatasetDict.save_to_disk and give that folder"
             )
     if "train" not in chosen:
-        raise ConfigError(f"data.path={path}: the data set has no train split; its splits are {', '.join(names)}")
+        raise ConfigError(
+            f"data.path={path}: the data set has no train split; its splits are {', '.join(names)}. Name one with "
+            "data.split, which is then divided by hash"
+        )
     return chosen
 
 

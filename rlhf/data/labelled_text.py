@@ -17,9 +17,10 @@ from itertools import chain
 from math import gcd
 from typing import Any, Literal
 
-from rlhf.config.data import LabelledTextData
-from rlhf.data.assemble import shares_of_train
+from rlhf.config.data import HubData, LabelledTextData
+from rlhf.data.assemble import RowsBySplit, shares_of_train
 from rlhf.data.folders import find_files, name_of
+from rlhf.data.hub import hub_rows
 from rlhf.data.readers import Row, json_type, read_rows
 from rlhf.data.splits import SPLITS, BadRow, BadRows, Origin, SplitName, Splits, refuse_or_skip, split_of
 from rlhf.errors import ConfigError, DataError
@@ -135,10 +136,10 @@ def read_corpus(config: LabelledTextData) -> Corpus:
     found: dict[SplitName | None, list[LabelledText]] = {}
     labels: set[str] = set()
     num_rows = 0
-    files = find_files(config.path)
-    for split, paths in files.items():
+    rows_by_split = _rows(config)
+    for split, rows in rows_by_split.items():
         found[split] = []
-        for row in chain.from_iterable(read_rows(file, name_of(file, config.path)) for file in paths):
+        for row in rows:
             num_rows += 1
             entry = row if isinstance(row, BadRow) else _labelled(row, config, labels)
             if isinstance(entry, BadRow):
@@ -150,7 +151,7 @@ def read_corpus(config: LabelledTextData) -> Corpus:
     _check_labels(distinct.values(), labels, config)
     splits: dict[SplitName, list[LabelledText]] = {name: [] for name in SPLITS}
     judge: list[LabelledText] = []
-    shares = shares_of_train(config.splits, set(files))
+    shares = shares_of_train(config.splits, set(rows_by_split))
     for own, entries in distinct.items():
         for entry in entries:
             opening = entry.text.split(" ")[: config.prompt_words]
@@ -162,6 +163,20 @@ def read_corpus(config: LabelledTextData) -> Corpus:
     if not splits["train"]:
         raise DataError(f"{source}: no text is left to train on with data.judge_share={config.judge_share}; {reported}")
     return Corpus(splits, judge, reported)
+
+
+def hub_source(config: LabelledTextData) -> HubData:
+    """The data set that `from_hub` names."""
+    return HubData(path=config.path, name=config.name, revision=config.revision)
+
+
+def _rows(config: LabelledTextData) -> RowsBySplit:
+    if config.from_hub:
+        return hub_rows(hub_source(config))
+    return {
+        split: chain.from_iterable(read_rows(file, name_of(file, config.path)) for file in files)
+        for split, files in find_files(config.path).items()
+    }
 
 
 def _labelled(row: Row, config: LabelledTextData, labels: set[str]) -> LabelledText | BadRow:

@@ -5,15 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import assert_never
+from typing import Any, assert_never
 
-from rlhf.config.data import DataConfig, EmbeddedData, FileData, HubData, LabelledTextData
+from rlhf.config.data import (
+    DataConfig,
+    EmbeddedData,
+    FileData,
+    HubData,
+    Kind,
+    LabelledTextData,
+    PartsData,
+    SourceConfig,
+    source_of,
+)
 from rlhf.data import labelled_text
 from rlhf.data.files import check_files, check_labelled_files, hash_files, load_files
 from rlhf.data.hub import check_hub, hash_hub, load_hub
+from rlhf.data.parts import HeldOut, require_source, without_leaks
 from rlhf.data.splits import Splits
 from rlhf.errors import ConfigError
-from rlhf.records import Comparison, Demonstration, Prompt, PromptContent, RatedResponse
+from rlhf.records import Comparison, Demonstration, Prompt, PromptContent, RatedResponse, RecordT
 
 # Raised when the same files and config would give other records than before, so that finished stages run again.
 LOADER_VERSION = 2
@@ -21,6 +32,8 @@ LOADER_VERSION = 2
 
 def load_prompts(config: DataConfig) -> Splits[Prompt]:
     """Distinct prompts by split. Raises `ConfigError` when the data cannot give them, `DataError` for broken rows."""
+    if isinstance(config, PartsData):
+        return load_prompts(require_source(config, "prompts"))
     match config:
         case EmbeddedData():
             from rlhf.data import embedded
@@ -39,6 +52,9 @@ def load_prompts(config: DataConfig) -> Splits[Prompt]:
 
 def load_demonstrations(config: DataConfig) -> Splits[Demonstration]:
     """Demonstrations by split; those of comparisons are the chosen responses. Errors as in `load_prompts`."""
+    if isinstance(config, PartsData):
+        source = require_source(config, "demonstrations")
+        return _apart_from_prompts(config, load_demonstrations(source), source, "demonstrations")
     match config:
         case EmbeddedData():
             from rlhf.data import embedded
@@ -57,6 +73,9 @@ def load_demonstrations(config: DataConfig) -> Splits[Demonstration]:
 
 def load_comparisons(config: DataConfig) -> Splits[Comparison]:
     """The data's own comparisons by split. Errors as in `load_prompts`."""
+    if isinstance(config, PartsData):
+        source = require_source(config, "comparisons")
+        return _apart_from_prompts(config, load_comparisons(source), source, "comparisons")
     match config:
         case EmbeddedData():
             raise ConfigError(
@@ -75,6 +94,8 @@ def load_comparisons(config: DataConfig) -> Splits[Comparison]:
 
 def load_ratings(config: DataConfig) -> Splits[RatedResponse]:
     """The data's own rated responses by split. Errors as in `load_prompts`."""
+    if isinstance(config, PartsData):
+        return load_ratings(require_source(config, "ratings"))
     match config:
         case FileData():
             return load_files(config, RatedResponse)
@@ -91,28 +112,57 @@ def load_ratings(config: DataConfig) -> Splits[RatedResponse]:
 
 def gives_comparisons(config: DataConfig) -> bool:
     """Whether the source may hold comparisons of its own; for files and hub only reading the rows can tell."""
-    return not isinstance(config, EmbeddedData)
+    source = source_of(config, "comparisons")
+    return source is not None and not isinstance(source, EmbeddedData)
 
 
-def data_hash(config: DataConfig) -> str:
-    """What identifies the data in a fingerprint: the config without its path, and the content.
+def _apart_from_prompts(
+    config: PartsData, splits: Splits[RecordT], source: SourceConfig, kind: Kind
+) -> Splits[RecordT]:
+    """Records of one part without the prompts that another part holds out longer."""
+    prompts = require_source(config, "prompts")
+    if prompts == source:
+        return splits  # one source divides all its records alike
+    return without_leaks(splits, HeldOut.of(load_prompts(prompts)), source, kind)
 
-    The content is the bytes of the files; for the embedded corpus the version of its generator; for the hub the id,
-    configuration and revision, so a branch that moves is not noticed: give a commit as data.revision.
+
+def settings_of(config: DataConfig) -> dict[str, Any]:
+    """The section as plain values without where the data lies: what decides, besides its content, what is read."""
+    if isinstance(config, PartsData):
+        return {"type": config.type} | {name: settings_of(source) for name, source in config.sources().items()}
+    return config.model_dump(mode="json", exclude={"path"})
+
+
+def data_content(config: DataConfig) -> str:
+    """What identifies the content, whatever the settings: the hash of the files' bytes.
+
+    For the embedded corpus the version of its generator; for the hub the id, configuration and revision, so a branch
+    that moves is not noticed: give a commit as data.revision.
     """
     match config:
         case EmbeddedData():
             from rlhf.data import embedded
 
-            content = f"embedded {embedded.CORPUS_VERSION}"
+            return f"embedded {embedded.CORPUS_VERSION}"
         case HubData():
-            content = hash_hub(config)
+            return hash_hub(config)
+        case LabelledTextData(from_hub=True):
+            return hash_hub(labelled_text.hub_source(config))
         case FileData() | LabelledTextData():
-            content = hash_files(config.path)
+            return hash_files(config.path)
+        case PartsData():
+            return " ".join(f"{name} {data_content(source)}" for name, source in config.sources().items())
         case _:
             assert_never(config)
-    settings = config.model_dump(mode="json", exclude={"path"})
-    body = json.dumps([LOADER_VERSION, settings, content], sort_keys=True)
+
+
+def data_hash(config: DataConfig, content: str | None = None) -> str:
+    """What identifies the data in a fingerprint: the config without its path, and the content.
+
+    `content` is what `data_content` gave, where that is known already: reading all files takes time.
+    """
+    content = data_content(config) if content is None else content
+    body = json.dumps([LOADER_VERSION, settings_of(config), content], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -122,6 +172,10 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     Data with comparisons gives both responses; data with prompts only gives the prompts. A conversation is its turns,
     separated by blank lines.
     """
+    if isinstance(config, PartsData):
+        for source in dict.fromkeys(config.sources().values()):
+            yield from training_texts(source)
+        return
     if isinstance(config, LabelledTextData):
         yield from labelled_text.training_strings(config)
         return
@@ -163,9 +217,16 @@ def preflight(config: DataConfig) -> None:
             return
         case FileData():
             check_files(config)
+        case LabelledTextData(from_hub=True):
+            check_hub(labelled_text.hub_source(config))
         case LabelledTextData():
             check_labelled_files(config)
         case HubData():
             check_hub(config)
+        case PartsData():
+            if not config.sources():
+                raise ConfigError("data.type=parts names no source: set data.demonstrations.type=files, say, and its path")
+            for source in config.sources().values():
+                preflight(source)
         case _:
             assert_never(config)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
-from rlhf.config.data import DataConfig
+from rlhf.config.data import DataConfig, Kind, SourceConfig, source_of
 from rlhf.data.splits import SPLITS, BadRow, Origin, SplitName, Splits, is_empty, refuse_or_skip
 from rlhf.data.templates import BUILT_IN
 from rlhf.errors import ArtifactError, ConfigError, DataError
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T", Prompt, Demonstration, Comparison, RatedResponse)
+_KINDS: dict[type, Kind] = {
+    Prompt: "prompts",
+    Demonstration: "demonstrations",
+    Comparison: "comparisons",
+    RatedResponse: "ratings",
+}
 PROBE = "a"
 # Tried in turn until one does not merge with the text behind it: a line break before words, a letter before breaks.
 ANCHORS = ("\n", PROBE)
@@ -101,7 +107,7 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
 # --- lengths ----------------------------------------------------------------------------------------------------------
 
 
-def check_length(prompt_ids: Sequence[int], response_ids: Sequence[int], config: DataConfig) -> str | None:
+def check_length(prompt_ids: Sequence[int], response_ids: Sequence[int], config: SourceConfig) -> str | None:
     """Why a tokenized row exceeds `data.max_prompt_tokens` or `data.max_response_tokens`; None when it fits."""
     for name, ids, limit in (
         ("prompt", prompt_ids, config.max_prompt_tokens),
@@ -117,8 +123,12 @@ def fit_lengths(splits: Splits[T], tokenizer: PreTrainedTokenizerBase, config: D
 
     A response with an end-of-sequence token inside and a conversation that the chat template refuses are broken rows
     too. Raises `DataError` that lists the first ones with their place unless `data.on_bad_row=skip`; then they join
-    `bad_rows`.
+    `bad_rows`. Of data of several parts the limits are those of the part that the records are from.
     """
+    source_config = _source_of(splits, config)
+    if source_config is None:
+        return splits
+    config = source_config
     bad_rows: list[BadRow] = []
     kept: dict[SplitName, list[tuple[T, Origin]]] = {}
     for name in SPLITS:
@@ -141,10 +151,16 @@ def fit_lengths(splits: Splits[T], tokenizer: PreTrainedTokenizerBase, config: D
     return Splits(records["train"], records["validation"], records["test"], reported, origins)
 
 
+def _source_of(splits: Splits[T], config: DataConfig) -> SourceConfig | None:
+    """The source of these records; None where there are none."""
+    first = next((record for name in SPLITS for record in splits.named(name)), None)
+    return None if first is None else source_of(config, _KINDS[type(first)])
+
+
 def unusable(
     record: Prompt | Demonstration | Comparison | RatedResponse,
     tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
+    config: SourceConfig,
 ) -> str | None:
     """Why this tokenizer and these lengths cannot use a record; None when they can."""
     responses: tuple[str, ...] = ()

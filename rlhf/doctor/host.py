@@ -133,7 +133,7 @@ def check_threads(config: RLHFConfig) -> Finding:
     """Threads of all ranks against cores: more threads than cores make small models many times slower."""
     cores = available_cores()
     ranks = config.distributed.num_processes
-    threads = threads_per_rank(ranks, config.distributed.num_threads, os.environ)
+    threads = threads_per_rank(ranks, config.distributed.fixed_threads, os.environ)
     setting = os.environ.get("OMP_NUM_THREADS")
     origin = "distributed.num_threads" if config.distributed.num_threads is not None else "OMP_NUM_THREADS"
     found = f"{ranks} rank{'s' if ranks > 1 else ''} of {threads} thread{'s' if threads > 1 else ''} on {cores} cores"

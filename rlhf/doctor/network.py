@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from rlhf.config import RLHFConfig
+from rlhf.config.data import paths_of
 from rlhf.data.hub_access import why_silent
 from rlhf.doctor.finding import Finding, green, yellow
 from rlhf.models.paths import is_local
@@ -43,7 +44,7 @@ def check_hub(config: RLHFConfig, seconds: float = SECONDS) -> Finding:
     from huggingface_hub import constants, get_token
 
     name = "hub"
-    wanted = [path for path in (config.model.path, getattr(config.data, "path", None)) if path and not is_local(path)]
+    wanted = [path for path in (config.model.path, *paths_of(config.data)) if path and not is_local(path)]
     use = f"; this config asks it for {' and '.join(wanted)}" if wanted else ""
     if constants.HF_HUB_OFFLINE:
         return green(name, f"HF_HUB_OFFLINE is set: models and data come from folders and the cache{use}")

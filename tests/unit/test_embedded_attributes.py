@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.data.embedded import gold_attributes, gold_reward, length, lexicon, repetition, sentiment
+from rlhf.data.embedded import (
+    gold_attributes,
+    gold_reward,
+    length,
+    lexicon,
+    repetition,
+    reserved_reward,
+    sentiment,
+)
 from rlhf.data.embedded.reviews import CONTINUATION_TONES, GRAMMARS, TONES
 
 PROMPT = "My cousin and I saw the new film on Friday ."
@@ -143,3 +151,22 @@ def test_every_attribute_moves_the_reward() -> None:
     # 44 words, 20 more than the longest usual text: 0.5 * 20 / 24 off; repetition: 6 of 8 polar words.
     assert length(wordy) == 44
     assert gold_reward(PROMPT, wordy) == pytest.approx(2 - 2 * 6 / 8 - 0.5 * 20 / 24)
+
+
+@pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        # facts alone, 12 words
+        (" We sat in the first row . It ran for two hours .", 2.0),
+        # one opinion: 0.5 + 1.5 * (1 - 1)
+        (" The music was very good . We sat in the first row .", 0.5),
+        # two opinions and more, whatever they say: 0.5 - 1.5
+        (" It was a terrible film . I hated the music .", -1.0),
+        (" The music was very good . We will see it again . The plot was dull .", -1.0),
+        # form counts as in the gold reward
+        (" music the was wonderful and it the amazing .", -1.5),
+        ("", -2.0),
+    ],
+)
+def test_reserved_reward_by_hand(response: str, value: float) -> None:
+    assert reserved_reward(PROMPT, response) == pytest.approx(value)

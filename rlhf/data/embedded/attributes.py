@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 from rlhf.data.embedded import lexicon
 from rlhf.data.embedded.reviews import recognise
@@ -108,6 +110,11 @@ def gold_attributes(prompt: PromptContent, response: str) -> dict[str, float | b
     return asdict(attributes_of(prompt, response))
 
 
+def num_opinions(text: str) -> int:
+    """Polar words, with repetitions, whatever they say."""
+    return sum(word in lexicon.POLAR_WORDS for word in text.lower().split())
+
+
 def gold_reward(prompt: PromptContent, response: str) -> float:
     """What the simulated annotators want: positive and grammatical and non-repetitive. In [-2, 2].
 
@@ -116,7 +123,27 @@ def gold_reward(prompt: PromptContent, response: str) -> float:
     gibberish scores at most -1.5, a grammatical text without repetition at least -1 (within the usual length).
     """
     facts = attributes_of(prompt, response)
+    return _composed(facts, facts.sentiment)
+
+
+def reserved_reward(prompt: PromptContent, response: str) -> float:
+    """What annotators want who would rather have no opinion than any: few polar words, grammatical. In [-2, 2].
+
+    As `gold_reward`, with 1 - min(polar words, 2) in the place of the sentiment: a review of facts alone scores 2, one
+    opinion 0.5, two and more -1. The two agree on form and differ on favourable opinions.
+    """
+    return _composed(attributes_of(prompt, response), 1.0 - min(num_opinions(response), 2))
+
+
+def _composed(facts: GoldAttributes, wanted: float) -> float:
+    """The reward of a text that has what is wanted to the degree `wanted` in [-1, 1]; form counts whatever that is."""
     share = facts.well_formed
-    score = share * (0.5 + 1.5 * facts.sentiment) - 1.5 * (1 - share)
+    score = share * (0.5 + 1.5 * wanted) - 1.5 * (1 - share)
     score -= 2.0 * facts.repetition + 0.5 * _length_penalty(facts.length)
     return max(-REWARD_BOUND, min(REWARD_BOUND, score))
+
+
+# What a gold reward may want, and the function that says how far a response has it.
+GOLD_REWARDS: Mapping[str, Callable[[PromptContent, str], float]] = MappingProxyType(
+    {"favourable": gold_reward, "reserved": reserved_reward}
+)
