@@ -162,7 +162,8 @@ class PromptBatch(Batch):
 
 @dataclass(frozen=True, eq=False)
 class Rollout(Batch):
-    """Sampled responses. `stopped` says which rows ended with a stop token, which is then their last real one.
+    """Sampled responses. `stopped` says which rows ended with a stop token, which is then their last real one, or,
+    where what is scored is cut at a token (`ppo.truncate_token`), which rows have that token.
 
     `sampling_logprobs` are those the sampler drew from, at the sampling temperature.
     """

@@ -15,6 +15,7 @@ BOOKKEEPING = frozenset(
     {
         "samples_every",
         "num_samples_shown",
+        "pass_metrics_updates",
         "exact_kl_rows",
         "save_every",
         "keep_checkpoints",
@@ -72,6 +73,13 @@ class PPOConfig(Section):
     )
     stop_tokens: tuple[str, ...] = Field(
         (), description="tokens of the vocabulary that end a response, besides EOS and the model's own"
+    )
+    truncate_token: str | None = Field(
+        None,
+        description="rewards see a response up to this token; one without it counts as never stopped; null: all of it",
+    )
+    truncate_after: NonNegativeInt = Field(
+        0, description="tokens at the start of a response among which truncate_token is not looked for"
     )
 
     # Optimiser.
@@ -165,6 +173,9 @@ class PPOConfig(Section):
         "stop", description="watch the metrics: warn and stop on what cannot recover, warn only, or not at all"
     )
 
+    pass_metrics_updates: NonNegativeInt = Field(
+        0, description="first updates whose passes are logged each by itself, as ppo/pass_1/approx_kl and so on"
+    )
     samples_every: PositiveInt = Field(10, description="updates between sample tables")
     num_samples_shown: NonNegativeInt = Field(4, description="rollouts in a sample table")
     save_every: PositiveInt = Field(10, description="updates between checkpoints")
@@ -187,6 +198,19 @@ class PPOConfig(Section):
                 f"min_response_tokens ({self.min_response_tokens}) must stay below max_response_tokens "
                 f"({self.max_response_tokens})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _truncation_fits(self) -> PPOConfig:
+        if self.truncate_token is None and self.truncate_after:
+            raise ValueError("truncate_after belongs to truncate_token, which is null")
+        if self.truncate_after >= self.max_response_tokens:
+            raise ValueError(
+                f"truncate_after ({self.truncate_after}) must stay below max_response_tokens "
+                f"({self.max_response_tokens})"
+            )
+        if self.truncate_token is not None and self.score_position == "after_eos":
+            raise ValueError("truncate_token cuts what is scored, not the response: set score_position=last_token")
         return self
 
     @model_validator(mode="after")

@@ -175,11 +175,13 @@ class PreferencesConfig(Section):
 
     @property
     def gold_labels_test(self) -> bool:
-        """Whether the gold reward labels the test split."""
+        """Whether the corpus's gold reward labels the test split: where annotators want it, unless the config says."""
         if self.test_labels != "auto":
             return self.test_labels == "gold"
         annotator = self.annotator
-        return annotator.type == "simulated" and annotator.reward.type == "gold"
+        if annotator.type != "simulated" or annotator.reward.type != "gold":
+            return False
+        return annotator.reward.wants == "favourable"
 
 
 def single_annotators(annotator: AnyAnnotatorConfig) -> Iterator[AnyAnnotatorConfig]:

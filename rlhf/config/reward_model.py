@@ -76,6 +76,21 @@ class PlackettLuceLoss(Section):
         return self.max_responses
 
 
+class BestOfKLoss(Section):
+    """A choice among K is an example: -log softmax of the scores at the response that won all others of its prompt.
+
+    Ziegler et al. 2019 (arXiv 1909.08593), equation 1, with K = 4 there. Pairs between other responses do not count.
+    """
+
+    type: Literal["best_of_k"] = "best_of_k"
+    max_responses: int = Field(9, description="most responses of a prompt; they are in memory together", ge=2)
+
+    @property
+    def num_responses(self) -> int:
+        """Most responses that an example reads at once."""
+        return self.max_responses
+
+
 class RatingLoss(Section):
     """A rated response is an example: its score is fitted to its rating."""
 
@@ -92,22 +107,28 @@ class RatingLoss(Section):
         return 1
 
 
-RewardLossConfig = Annotated[BradleyTerryLoss | KwiseLoss | PlackettLuceLoss | RatingLoss, Field(discriminator="type")]
+RewardLossConfig = Annotated[
+    BradleyTerryLoss | KwiseLoss | PlackettLuceLoss | BestOfKLoss | RatingLoss, Field(discriminator="type")
+]
 
 
-class ComparisonsNormalization(Section):
+class _Normalization(Section):
+    scale: bool = Field(True, description="divide by the standard deviation; false: shift the mean to 0 and no more")
+
+
+class ComparisonsNormalization(_Normalization):
     """Scores of held-out comparisons, both sides (of held-out ratings where the loss is rating)."""
 
     type: Literal["comparisons"] = "comparisons"
 
 
-class DemonstrationsNormalization(Section):
+class DemonstrationsNormalization(_Normalization):
     """Scores of the data's held-out demonstrations."""
 
     type: Literal["demonstrations"] = "demonstrations"
 
 
-class ResponsesNormalization(Section):
+class ResponsesNormalization(_Normalization):
     """Scores of responses that `reward_model.base`, usually the SFT model, samples to training prompts."""
 
     type: Literal["sft_responses"] = "sft_responses"
@@ -152,7 +173,7 @@ class RewardModelConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RewardModelConfig:
-        if self.center_coefficient and self.loss.type in ("rating", "plackett_luce"):
+        if self.center_coefficient and self.loss.type in ("rating", "plackett_luce", "best_of_k"):
             raise ValueError(
                 f"center_coefficient charges the sum of a pair's scores, and loss.type={self.loss.type} has no pairs: "
                 "set it to 0"

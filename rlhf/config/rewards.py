@@ -186,6 +186,18 @@ class GoldReward(_Reward):
     """The embedded corpus's gold reward, in [-2, 2]: for studies of over-optimisation, with data=embedded only."""
 
     type: Literal["gold"] = "gold"
+    wants: Literal["favourable", "reserved"] = Field(
+        "favourable", description="favourable opinions, which is the corpus's gold reward, or as few opinions as can be"
+    )
+
+
+class SentimentReward(_Reward):
+    """P(positive) = (1 + the mean of the response's opinions) / 2 in [0, 1], of the words of data=embedded alone.
+
+    Each opinion is 1 or -1, a sentence without one is 0: what a sentiment classifier that never errs says of the text.
+    """
+
+    type: Literal["sentiment"] = "sentiment"
 
 
 class JudgeReward(_Reward, ChatModelConfig):
@@ -221,7 +233,8 @@ RewardConfig = Annotated[
     | RemoteReward
     | RepetitionReward
     | JudgeReward
-    | GoldReward,
+    | GoldReward
+    | SentimentReward,
     Field(discriminator="type"),
 ]
 

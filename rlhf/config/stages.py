@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
+from rlhf.config.chat import ChatModelConfig
 from rlhf.config.training import TrainingConfig
 
 
@@ -52,12 +53,25 @@ class ClassifierJudge(Section):
 
 
 class RewardModelJudge(Section):
-    """This run's reward model. It is what PPO optimised, so it shows fit, not quality."""
+    """A reward model. This run's own is what PPO optimised, so it shows fit, not quality."""
 
     type: Literal["reward_model"] = "reward_model"
+    path: str | None = Field(None, description="folder or hub id of the reward model; null is this run's")
 
 
-JudgeConfig = Annotated[GoldJudge | ClassifierJudge | RewardModelJudge, Field(discriminator="type")]
+class LanguageModelJudge(ChatModelConfig):
+    """A language model that is asked which of the two responses is better, which one is shown first being random."""
+
+    type: Literal["language_model"] = "language_model"
+    template: str | None = Field(
+        None, description="text file of the question, with {prompt}, {first} and {second}; null: built in"
+    )
+    both_orders: bool = Field(True, description="ask twice, the sides swapped, and take the mean of both verdicts")
+
+
+JudgeConfig = Annotated[
+    GoldJudge | ClassifierJudge | RewardModelJudge | LanguageModelJudge, Field(discriminator="type")
+]
 
 
 class EvaluateConfig(Section):
@@ -69,6 +83,9 @@ class EvaluateConfig(Section):
     reward_model: str | None = Field(None, description="reward model whose score is shown; null is this run's, if any")
     judge: JudgeConfig = Field(GoldJudge(), description="who decides which response is better")
     num_prompts: PositiveInt = Field(500, description="held-out prompts")
+    num_demonstrations: NonNegativeInt = Field(
+        0, description="held-out demonstrations whose loss is measured under policy and baseline"
+    )
     num_samples_shown: NonNegativeInt = Field(20, description="prompts in the sample table")
     confidence: Probability = Field(0.95, description="level of the intervals")
     bootstrap_resamples: PositiveInt = Field(2000, description="resamples of the bootstrap intervals")

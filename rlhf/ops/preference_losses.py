@@ -95,12 +95,14 @@ def ranking_loss(
     scores: Float[Tensor, "B K"],
     mask: Bool[Tensor, "B K"],
     weights: Float[Tensor, " B"] | None = None,
+    first_only: bool = False,
 ) -> LossSum:
     """Sum over rankings of -log P(order); row b holds the scores of its responses, the best first; count of rankings.
 
     P is the probability of drawing the responses one after the other, each in proportion to exp(score) among those that
-    are left: Plackett 1975 and Luce 1959. With two responses it is that of Bradley and Terry. `mask` says how many
-    responses a row has. Metrics: those of `comparison_loss`, over the pairs of each ranking.
+    are left: Plackett 1975 and Luce 1959. With two responses it is that of Bradley and Terry. With `first_only` P is
+    that of drawing the first response first, whatever follows: the loss of Ziegler et al. 2019, equation 1. `mask` says
+    how many responses a row has. Metrics: those of `comparison_loss`, over the pairs that the loss knows the order of.
     """
     check_floating(scores=scores)
     check_bool(mask=mask)
@@ -111,7 +113,8 @@ def ranking_loss(
     remaining = (mask.unsqueeze(2) & mask.unsqueeze(1)).triu()
     lowest = torch.finfo(values.dtype).min
     left = torch.where(remaining, values.unsqueeze(1), lowest).logsumexp(2)
-    losses = torch.where(mask, left - values, 0.0).sum(1)
+    losses = torch.where(mask, left - values, 0.0)
+    losses = losses[:, 0] if first_only else losses.sum(1)
     if weights is not None:
         check_floating(weights=weights)
         check_rank(1, weights=weights)
@@ -121,6 +124,8 @@ def ranking_loss(
     with torch.no_grad():
         difference = values.unsqueeze(2) - values.unsqueeze(1)
         pairs = remaining.triu(1)
+        if first_only:
+            pairs[:, 1:] = False
         zero = torch.zeros_like(difference)
         metrics = {
             "decided": pairs.sum().to(values.dtype),

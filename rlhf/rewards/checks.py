@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from rlhf.config.data import DataConfig
+from rlhf.config.data import DataConfig, source_of
 from rlhf.config.rewards import (
     FUNCTION_INPUTS,
     ExactAnswerReward,
@@ -20,6 +20,7 @@ from rlhf.config.rewards import (
     ModelReward,
     RemoteReward,
     RewardConfig,
+    SentimentReward,
     effective_rewards,
 )
 from rlhf.errors import ConfigError
@@ -93,9 +94,10 @@ def preflight(rewards: RewardConfigs, data: DataConfig | None, section: str = "p
             ask_info(config, key)
         elif data is None:
             continue
-        elif isinstance(config, GoldReward) and data.type != "embedded":
+        elif isinstance(config, GoldReward | SentimentReward) and data.type != "embedded":
+            whose = "whose gold reward it is" if config.type == "gold" else "whose words it knows"
             raise ConfigError(
-                f"{key}.type=gold needs data=embedded, whose gold reward it is; data.type is {data.type}. Remove the "
+                f"{key}.type={config.type} needs data=embedded, {whose}; data.type is {data.type}. Remove the "
                 f"reward (~{key}), or take another type."
             )
         elif isinstance(config, ExactAnswerReward | MathReward) and not _may_have_columns(data):
@@ -240,4 +242,5 @@ def _definition(tree: ast.Module, name: str) -> FunctionNode | None:
 
 
 def _may_have_columns(data: DataConfig) -> bool:
-    return data.type in ("files", "hub")
+    source = source_of(data, "prompts")
+    return source is not None and source.type in ("files", "hub")

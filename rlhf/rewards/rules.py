@@ -19,8 +19,9 @@ from rlhf.config.rewards import (
     LengthUnit,
     RegexReward,
     RepetitionReward,
+    SentimentReward,
 )
-from rlhf.data.embedded import gold_reward
+from rlhf.data.embedded import GOLD_REWARDS, sentiment
 from rlhf.rewards.protocol import Reward, RewardBatch, RewardError, shown
 
 # A number as people write it: a sign, digits with or without commas between thousands, a fraction.
@@ -145,17 +146,32 @@ class RepetitionRule:
 
 @dataclass(frozen=True)
 class GoldRule:
-    """The embedded corpus's gold reward of prompt and response."""
+    """A gold reward of the embedded corpus, of prompt and response."""
 
     config: GoldReward
     may_abstain: ClassVar[bool] = False
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Scores (B,) in [-2, 2]."""
-        return _tensor([gold_reward(p, r) for p, r in zip(batch.prompts, batch.responses, strict=True)])
+        reward = GOLD_REWARDS[self.config.wants]
+        return _tensor([reward(p, r) for p, r in zip(batch.prompts, batch.responses, strict=True)])
 
 
-RuleConfig = LengthReward | RegexReward | KeywordReward | ExactAnswerReward | RepetitionReward | GoldReward
+@dataclass(frozen=True)
+class SentimentRule:
+    """How positive the response's opinions are, whatever else the text is."""
+
+    config: SentimentReward
+    may_abstain: ClassVar[bool] = False
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        """Scores (B,) in [0, 1]."""
+        return _tensor([0.5 * (1.0 + sentiment(response)) for response in batch.responses])
+
+
+RuleConfig = (
+    LengthReward | RegexReward | KeywordReward | ExactAnswerReward | RepetitionReward | GoldReward | SentimentReward
+)
 
 
 def make_rule(config: RuleConfig) -> Reward:
@@ -173,6 +189,8 @@ def make_rule(config: RuleConfig) -> Reward:
             return RepetitionRule(config)
         case GoldReward():
             return GoldRule(config)
+        case SentimentReward():
+            return SentimentRule(config)
 
 
 def same_answer(given: str, expected: str) -> bool:

@@ -232,5 +232,15 @@ def _policy_of(context: StageContext) -> Policy:
     """What wrote the responses, named by the content of its folder, or by its hub id and revision."""
     path, revision = context.inputs["policy"], context.config.model.revision
     if Path(path).exists():
-        return Policy(hash_path(Path(path)), {"path": path, "experiment": context.config.experiment})
+        return Policy(hash_path(Path(path)), {"path": _within_run(path), "experiment": context.config.experiment})
     return Policy(f"hub:{path}@{revision or 'main'}", {"path": path, "experiment": context.config.experiment})
+
+
+def _within_run(path: str) -> str:
+    """A model folder's place in its run, `stages/sft/model`: the data that a run makes must not say where the run lies.
+
+    Else a stage that reads the data, and every replay in another folder, would have another input.
+    """
+    parts = Path(path).parts
+    start = max((number for number, part in enumerate(parts) if part == "stages"), default=len(parts) - 1)
+    return "/".join(parts[start:])

@@ -23,7 +23,6 @@ from rlhf.rewards.checks import check_columns
 from rlhf.rewards.protocol import RewardBatch, RewardError, columns_by_name, shown, shown_prompt
 from rlhf.runs.exhibits import EXHIBITS_FILE, Exhibits, Figure, Line, Panel, Table
 from rlhf.runs.files import write_json, write_text
-from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, StageOutput
 from rlhf.stages.sampling import (
     EncodedPrompt,
@@ -76,15 +75,7 @@ def run(context: StageContext) -> StageOutput:
     # Of rank 0, which has the largest share.
     share = -(-section.num_prompts // runtime.world_size)
     num_batches = -(-share * section.num_samples // section.sampling.batch_size)
-    with Tracker.open(
-        context.run,
-        config.tracking,
-        "best_of_n",
-        num_batches,
-        0,
-        config.model_dump(mode="json"),
-        runtime.is_main,
-    ) as tracker:
+    with context.open_tracker(num_batches) as tracker:
         # 1. The prompts, the same ones in the same order on all ranks.
         prompts = load_encoded_prompts(config.data, tokenizer, tracker.message)["test"][: section.num_prompts]
         require_prompts(prompts, "test")

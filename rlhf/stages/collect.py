@@ -13,7 +13,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from rlhf.config.annotators import RuleAnnotator
-from rlhf.config.data import EmbeddedData, SplitConfig
+from rlhf.config.data import EmbeddedData, SplitConfig, source_of
 from rlhf.config.rewards import GoldReward
 from rlhf.data import load_prompts
 from rlhf.data.embedded import gold_reward
@@ -63,15 +63,7 @@ def run(context: StageContext) -> StageOutput:
     """
     config, runtime = context.config, context.runtime
     wanted = _num_tasks(context)
-    with Tracker.open(
-        context.run,
-        config.tracking,
-        "collect",
-        sum(wanted.values()),
-        0,
-        config.model_dump(mode="json"),
-        runtime.is_main,
-    ) as tracker:
+    with context.open_tracker(sum(wanted.values())) as tracker:
         if not runtime.broadcast_object(runtime.is_main and _asked_before(context) is not None):
             _ask(context, wanted, tracker)
         _label(context, tracker)
@@ -287,7 +279,7 @@ def _splits(context: StageContext) -> Callable[[PromptContent], SplitName]:
     config = context.config.data
     found = load_prompts(config)
     known = {prompt_key(prompt.prompt): split for split in SPLITS for prompt in found.named(split)}
-    shares = getattr(config, "splits", SplitConfig())
+    shares = getattr(source_of(config, "prompts"), "splits", SplitConfig())
 
     def split(prompt: PromptContent) -> SplitName:
         key = prompt_key(prompt)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.models.loading import quiet
 from rlhf.models.saving import save_model
 from rlhf.runs.files import PARTIAL, discard, disk_errors, publish_folder
+from rlhf.runs.tracking import StageSinks, Tracker
 from rlhf.runs.wandb_logger import resolve_mode, run_id
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class StageContext:
     """One stage of one run, on one rank.
 
     `inputs` maps the names of what the stage reads (`policy`, `base`, `reference`, `reward_model`, `value_model`,
-    `baseline`, `comparisons`) to a local path or hub id.
+    `baseline`, `comparisons`) to a local path or hub id. `sinks` are where its tracker's numbers go besides the run
+    folder; they stay open until the result is recorded. None: the tracker opens and closes its own.
     """
 
     config: RLHFConfig
@@ -35,6 +37,20 @@ class StageContext:
     stage: StageFolder
     runtime: Runtime
     inputs: Mapping[str, str] = field(default_factory=dict)
+    sinks: StageSinks | None = None
+
+    def open_tracker(self, total_steps: int | None, resume_step: int = 0) -> Tracker:
+        """The stage's tracker, see `Tracker.open`; on other ranks than the main one it does nothing."""
+        return Tracker.open(
+            self.run,
+            self.config.tracking,
+            self.stage.name,
+            total_steps,
+            resume_step,
+            self.config.model_dump(mode="json"),
+            self.runtime.is_main,
+            self.sinks,
+        )
 
     @property
     def provenance(self) -> dict[str, str]:

@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf import statistics
-from rlhf.config.data import EmbeddedData, LabelledTextData
-from rlhf.config.stages import ClassifierJudge, GoldJudge
-from rlhf.data import load_labelled_texts
+from rlhf.config.data import EmbeddedData
 from rlhf.data.embedded import gold_attributes
-from rlhf.errors import ConfigError
-from rlhf.evaluation.judges import ClassifierJudge as TextClassifier
-from rlhf.evaluation.judges import GoldJudge as Gold
-from rlhf.evaluation.judges import Judge
 from rlhf.models.loading import load_policy, load_tokenizer, place
 from rlhf.models.positions import check_positions
 from rlhf.models.scoring import response_logprobs
 from rlhf.records import PromptContent, prompt_to_json
-from rlhf.rewards.learned import LearnedReward, same_token_ids
+from rlhf.rewards.learned import same_token_ids
+from rlhf.runs.files import fingerprint, write_text
+from rlhf.runs.jsonable import dump_json
 from rlhf.runs.tracking import Tracker
 from rlhf.stages.context import StageContext, StageOutput
+from rlhf.stages.demonstration_loss import held_out_loss
+from rlhf.stages.evaluation_judges import Judgement, judge_responses, load_reward
 from rlhf.stages.sampling import (
     EncodedPrompt,
     decode_responses,
@@ -38,6 +36,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# Every prompt with both responses and all that was measured of them: what methods are compared by.
+RESPONSES_FILE = "responses.jsonl"
+
+
 @dataclass(frozen=True)
 class _Answers:
     """One model's responses to the prompts, in the prompts' order."""
@@ -50,11 +52,9 @@ class _Answers:
 
 def run(context: StageContext) -> StageOutput:
     """Samples from policy and baseline, has the judge score both, and writes numbers and sample table."""
-    config, runtime, section = context.config, context.runtime, context.config.evaluate
+    config, section = context.config, context.config.evaluate
     tokenizer = _tokenizer(context, "policy")
-    with Tracker.open(
-        context.run, config.tracking, "evaluate", 4, 0, config.model_dump(mode="json"), runtime.is_main
-    ) as tracker:
+    with context.open_tracker(4) as tracker:
         prompts = load_encoded_prompts(config.data, tokenizer, tracker.message)["test"][: section.num_prompts]
         require_prompts(prompts, "test")
         contents = [prompt.content for prompt in prompts]
@@ -65,16 +65,30 @@ def run(context: StageContext) -> StageOutput:
         own_prompts = [encode_one(baseline_tokenizer, content) for content in contents]
         baseline = _answer(context, _load(context, "baseline"), baseline_tokenizer, own_prompts, None)
         tracker.log(2, {"evaluate/baseline_responses": len(baseline.texts)})
-        judge, judge_summary = _make_judge(context)
-        policy_scores, baseline_scores = judge.score(contents, policy.texts), judge.score(contents, baseline.texts)
+        judgement = judge_responses(context, contents, policy.texts, baseline.texts)
+        policy_scores, baseline_scores = judgement.policy_scores, judgement.baseline_scores
+        rewards = _reward_scores(context, contents, {"policy": policy, "baseline": baseline})
         summary = {
-            "judge": judge.name,
+            "judge": judgement.name,
             "num_prompts": len(prompts),
-            **judge_summary,
+            **judgement.summary,
             **_compare(
-                context, contents, policy, baseline, policy_scores, baseline_scores, with_kl=reference is not None
+                context,
+                contents,
+                policy,
+                baseline,
+                policy_scores,
+                baseline_scores,
+                rewards,
+                with_kl=reference is not None,
             ),
         }
+        if context.runtime.is_main:
+            _write_responses(context, contents, policy, baseline, judgement, rewards)
+        if section.num_demonstrations:
+            for role in ("policy", "baseline"):
+                loss = held_out_loss(context, _load(context, role), _tokenizer(context, role))
+                summary[f"demonstration_loss_{role}"] = loss.to_json()
         tracker.log(3, {f"evaluate/{name}": body["value"] for name, body in summary.items() if isinstance(body, dict)})
         rows = [
             {
@@ -87,7 +101,7 @@ def run(context: StageContext) -> StageOutput:
             for i in range(min(section.num_samples_shown, len(prompts)))
         ]
         tracker.log_samples(4, rows)
-    return StageOutput(summary=summary, outputs=[])
+    return StageOutput(summary=summary, outputs=[RESPONSES_FILE])
 
 
 def _load(context: StageContext, role: str) -> PreTrainedModel:
@@ -154,59 +168,8 @@ def _answer(
         numbers = [number for number, _ in batch]
         mine += list(zip(numbers, texts, lengths, sampled.stopped.tolist(), kl.tolist(), strict=True))
     rows = sorted(row for part in runtime.gather_objects(mine) for row in part)
-    return _Answers([r[1] for r in rows], [r[2] for r in rows], [r[3] for r in rows], [r[4] for r in rows])
-
-
-def _make_judge(context: StageContext) -> tuple[Judge, dict[str, Any]]:
-    """The judge, and what is known of its own quality."""
-    config = context.config
-    judge = config.evaluate.judge
-    if isinstance(judge, GoldJudge):
-        if not isinstance(config.data, EmbeddedData):
-            raise ConfigError(
-                f"evaluate.judge.type=gold needs data=embedded; data.type is {config.data.type}. "
-                "Choose evaluate.judge.type=classifier or reward_model."
-            )
-        return Gold(), {}
-    if isinstance(judge, ClassifierJudge):
-        if not isinstance(config.data, LabelledTextData):
-            raise ConfigError(
-                "evaluate.judge.type=classifier is trained on the labels of data=labelled_text; "
-                f"data.type is {config.data.type}. Choose evaluate.judge.type=reward_model."
-            )
-        classifier = TextClassifier(
-            load_labelled_texts(config.data, part="judge_train"),
-            ngram_max=judge.ngram_max,
-            inverse_regularization=judge.inverse_regularization,
-        )
-        accuracy = classifier.held_out_accuracy(load_labelled_texts(config.data, part="test"))
-        return classifier, {"judge_accuracy": accuracy.to_json()}
-    return _RewardModelJudge(context), {}
-
-
-class _RewardModelJudge:
-    """The reward model as a judge: it shows fit to what PPO optimised, not quality."""
-
-    name = "reward_model"
-
-    def __init__(self, context: StageContext) -> None:
-        self._reward = load_reward(context)
-        self._batch_size = context.config.evaluate.sampling.batch_size
-
-    def score(self, prompts: list[PromptContent], responses: list[str]) -> list[float]:
-        """Raw scores of the texts."""
-        return self._reward.score_texts(prompts, responses, batch_size=self._batch_size)
-
-
-def load_reward(context: StageContext) -> LearnedReward:
-    """The reward model among the stage's inputs."""
-    return LearnedReward.load(
-        context.inputs["reward_model"],
-        context.config.model,
-        dtype=context.runtime.dtype,
-        device=context.runtime.device,
-        policy_tokenizer=_tokenizer(context, "policy"),
-    )
+    kl_of_rows = [r[4] for r in rows] if reference is not None else []
+    return _Answers([r[1] for r in rows], [r[2] for r in rows], [r[3] for r in rows], kl_of_rows)
 
 
 def _compare(
@@ -216,6 +179,7 @@ def _compare(
     baseline: _Answers,
     policy_scores: list[float],
     baseline_scores: list[float],
+    rewards: dict[str, list[float]],
     *,
     with_kl: bool,
 ) -> dict[str, Any]:
@@ -252,9 +216,48 @@ def _compare(
             summary[f"grammatical_share_{role}"] = share([bool(a["grammatical"]) for a in attributes])
             summary[f"sentiment_{role}"] = mean([float(a["sentiment"]) for a in attributes])
             summary[f"repetition_{role}"] = mean([float(a["repetition"]) for a in attributes])
-    if "reward_model" in context.inputs:
-        reward = load_reward(context)
-        for role, answers in (("policy", policy), ("baseline", baseline)):
-            scores = reward.score_texts(prompts, answers.texts, batch_size=section.sampling.batch_size)
-            summary[f"reward_model_score_{role}"] = mean(scores)
+    for role, scores in rewards.items():
+        summary[f"reward_model_score_{role}"] = mean(scores)
     return summary
+
+
+def _reward_scores(
+    context: StageContext, prompts: list[PromptContent], sides: dict[str, _Answers]
+) -> dict[str, list[float]]:
+    """The reward model's scores of each side; none where the stage has no reward model."""
+    if "reward_model" not in context.inputs:
+        return {}
+    reward, batch_size = load_reward(context), context.config.evaluate.sampling.batch_size
+    return {role: reward.score_texts(prompts, one.texts, batch_size=batch_size) for role, one in sides.items()}
+
+
+def _write_responses(
+    context: StageContext,
+    prompts: list[PromptContent],
+    policy: _Answers,
+    baseline: _Answers,
+    judgement: Judgement,
+    rewards: dict[str, list[float]],
+) -> None:
+    """One line a prompt; `prompt_id` is a hash of the prompt, so that runs on the same prompts can be paired."""
+    scores = {"policy": judgement.policy_scores, "baseline": judgement.baseline_scores}
+    lines = []
+    for i, prompt in enumerate(prompts):
+        entry: dict[str, Any] = {
+            "prompt_id": fingerprint(prompt_to_json(prompt))[:16],
+            "prompt": prompt_to_json(prompt),
+        }
+        for role, answers in (("policy", policy), ("baseline", baseline)):
+            side = {
+                "response": answers.texts[i],
+                "score": scores[role][i],
+                "length": answers.lengths[i],
+                "stopped": answers.stopped[i],
+            }
+            if answers.kl:
+                side["kl"] = answers.kl[i]
+            if role in rewards:
+                side["reward_model_score"] = rewards[role][i]
+            entry[role] = side
+        lines.append(dump_json(entry) + "\n")
+    write_text(context.stage.path / RESPONSES_FILE, "".join(lines))

@@ -182,13 +182,15 @@ def measure(
             found = scores["validation"] or scores["test"]
             found = found or score_pairs(context, scalar, held_out.pairs["train"][:_NUM_STAND_INS])
             values = [score for pair in found for score in pair]
-    known = _statistics(values)
-    kind = context.config.reward_model.normalization.type
+    normalization = context.config.reward_model.normalization
+    known, kind = _statistics(values), normalization.type
     own = "ratings" if held_out.ratings is not None else "comparisons"
     extra: dict[str, Any] = {"measured_on": own if texts is None else kind, "num_scores": len(values)}
     if held_out.scale is not None:
         extra["rating_scale"] = held_out.scale.to_json()
-    return Measured({**summary, **known}, {**known, **extra}, scores)
+    # What PPO shifts and scales by; the summary keeps what was measured.
+    used = known if normalization.scale else {**known, "score_std": 1.0}
+    return Measured({**summary, **known}, {**used, **extra}, scores)
 
 
 def _statistics(values: Sequence[float]) -> dict[str, float]:

@@ -190,16 +190,7 @@ def _train_ensemble(
     notes += [str(data.bad_rows)] if data.bad_rows else []
     # A member's last line is always written anew, as that of a single model.
     done = first * steps + (0 if checkpoint is None else min(checkpoint.step, steps - 1))
-    body = context.config.model_dump(mode="json")
-    with Tracker.open(
-        context.run,
-        context.config.tracking,
-        context.stage.name,
-        len(members) * steps,
-        done,
-        body,
-        context.runtime.is_main,
-    ) as tracker:
+    with context.open_tracker(len(members) * steps, done) as tracker:
         for note in notes:
             tracker.message(note)
         for member in members[first:]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.config.reward_model import (
+    BestOfKLoss,
     BradleyTerryLoss,
     KwiseLoss,
     PlackettLuceLoss,
@@ -26,7 +27,8 @@ from rlhf.records import Comparison, PromptContent, RatedResponse
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Objective = Literal["pairs", "ranking", "rating"]
+Objective = Literal["pairs", "ranking", "choice", "rating"]
+OrderLoss = PlackettLuceLoss | BestOfKLoss
 _SHOWN = 80
 
 
@@ -36,7 +38,8 @@ class Example:
 
     `pairs` are (chosen, rejected) places among the responses, with the label's probability that chosen is better and
     its margin; `weights` are factors of the pairs' losses. A ranking has its responses in order, the best first, and
-    one weight. A rated response has one response, one target and one weight.
+    one weight; a choice has the best first and the others in any order. A rated response has one response, one target
+    and one weight.
     """
 
     prompt: PromptContent
@@ -119,6 +122,8 @@ def comparison_set(section: RewardModelConfig, comparisons: Sequence[Comparison]
         return TrainingSet("pairs", _grouped(loss, kept, weights), counts=counts)
     if isinstance(loss, PlackettLuceLoss):
         return TrainingSet("ranking", _rankings(loss, kept, weights), counts=counts)
+    if isinstance(loss, BestOfKLoss):
+        return TrainingSet("choice", _choices(loss, kept, weights), counts=counts)
     examples = [_pair_example(loss, row, weight) for row, weight in zip(kept, weights, strict=True)]
     certain = all(example.probabilities[0] == 1.0 and example.weights[0] == 1.0 for example in examples)
     plain = certain and not (loss.label_smoothing or loss.use_margin or loss.ties in ("davidson", "rao_kupper"))
@@ -195,12 +200,12 @@ def encoded_rows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
     return columns
 
 
-def _leaves_out_ties(loss: BradleyTerryLoss | KwiseLoss | PlackettLuceLoss) -> bool:
-    return not isinstance(loss, PlackettLuceLoss) and loss.ties == "leave_out"
+def _leaves_out_ties(loss: BradleyTerryLoss | KwiseLoss | OrderLoss) -> bool:
+    return not isinstance(loss, OrderLoss) and loss.ties == "leave_out"
 
 
-def _by_agreement(loss: BradleyTerryLoss | KwiseLoss | PlackettLuceLoss) -> bool:
-    return not isinstance(loss, PlackettLuceLoss) and loss.weight_by_agreement
+def _by_agreement(loss: BradleyTerryLoss | KwiseLoss | OrderLoss) -> bool:
+    return not isinstance(loss, OrderLoss) and loss.weight_by_agreement
 
 
 def _check_columns(loss: BradleyTerryLoss | KwiseLoss, comparisons: Sequence[Comparison]) -> None:
@@ -248,7 +253,7 @@ def _margin(loss: BradleyTerryLoss | KwiseLoss, row: Comparison) -> float:
 
 
 def _of_one_prompt(
-    loss: KwiseLoss | PlackettLuceLoss, rows: Sequence[Comparison], weights: Sequence[float]
+    loss: KwiseLoss | OrderLoss, rows: Sequence[Comparison], weights: Sequence[float]
 ) -> list[tuple[list[Comparison], list[float], list[str]]]:
     """Comparisons of a prompt with their weights, and the different responses in them. Raises `DataError`."""
     groups: dict[PromptContent, tuple[list[Comparison], list[float], list[str]]] = {}
@@ -312,6 +317,26 @@ def _rankings(loss: PlackettLuceLoss, rows: Sequence[Comparison], weights: Seque
         weight = math.fsum(factors) / len(factors)
         order = tuple(sorted(responses, key=lambda text: -wins[text]))
         examples.append(Example(comparisons[0].prompt, order, (weight,)))
+    return examples
+
+
+def _choices(loss: BestOfKLoss, rows: Sequence[Comparison], weights: Sequence[float]) -> list[Example]:
+    """One example a prompt: the response that won against each of the others, first. Raises `DataError` without one."""
+    examples = []
+    for comparisons, factors, responses in _of_one_prompt(loss, rows, weights):
+        beaten: dict[str, set[str]] = {text: set() for text in responses}
+        for row in comparisons:
+            if _probability(row) == 1.0:
+                beaten[row.chosen].add(row.rejected)
+        best = [text for text in responses if len(beaten[text]) == len(responses) - 1]
+        if len(best) != 1 or any(best[0] in losers for losers in beaten.values()):
+            raise DataError(
+                "reward_model.loss.type=best_of_k needs one response of every prompt that is chosen over each of the "
+                f"others; of the {len(responses)} responses to {_shown(comparisons[0].prompt)} none is. Set "
+                "reward_model.loss.type=kwise, which takes any pairs"
+            )
+        others = [text for text in responses if text != best[0]]
+        examples.append(Example(comparisons[0].prompt, (best[0], *others), (math.fsum(factors) / len(factors),)))
     return examples
 
 

@@ -55,9 +55,7 @@ class _Chosen:
 def run(context: StageContext) -> StageOutput:
     """Scores comparisons and benchmark and writes the report; the ranks share the responses."""
     config, runtime = context.config, context.runtime
-    with Tracker.open(
-        context.run, config.tracking, "reward_report", 1, 0, config.model_dump(mode="json"), runtime.is_main
-    ) as tracker:
+    with context.open_tracker(1) as tracker:
         tokenizer = load_tokenizer(context.inputs["reward_model"], config.model, key=_KEY)
         chosen = _comparisons(context, tokenizer, tracker)
         benchmark = _benchmark(context, tokenizer)

@@ -111,8 +111,9 @@ class ObjectiveTrainer(SumTrainer):
         scores = model(**inputs).gather(1, score_at.unsqueeze(1)).squeeze(1)
         if self.objective == "pairs":
             loss, metrics = self._pairs(scores[chosen], scores[rejected], numbers)
-        elif self.objective == "ranking":
-            loss, metrics = _rankings(scores, lengths, numbers["weights"])
+        elif self.objective in ("ranking", "choice"):
+            first_only = self.objective == "choice"
+            loss, metrics = _rankings(scores, lengths, numbers["weights"], first_only=first_only)
         else:
             loss, metrics = self._ratings(scores, numbers)
         sums = {
@@ -158,10 +159,11 @@ class ObjectiveTrainer(SumTrainer):
         return loss, metrics
 
 
-def _rankings(scores: Tensor, lengths: Tensor, weights: Tensor) -> tuple[Tensor, Sums]:
+def _rankings(scores: Tensor, lengths: Tensor, weights: Tensor, *, first_only: bool) -> tuple[Tensor, Sums]:
     """Scores (S,) of responses that stand ranking by ranking, `lengths` (E,) of them in each."""
     places = torch.arange(int(lengths.max()), device=scores.device)
     starts = lengths.cumsum(0) - lengths
     rows = scores[(starts.unsqueeze(1) + places).clamp(max=len(scores) - 1)]
-    loss, _, metrics = ranking_loss(scores=rows, mask=places < lengths.unsqueeze(1), weights=weights)
+    mask = places < lengths.unsqueeze(1)
+    loss, _, metrics = ranking_loss(scores=rows, mask=mask, weights=weights, first_only=first_only)
     return loss, metrics

@@ -100,7 +100,7 @@ def stop_token_ids(
         {
             int(tokenizer.eos_token_id),
             *(special & set(map(int, named))),
-            *(_stop_token_id(tokenizer, token, key) for token in more),
+            *(single_token_id(tokenizer, token, key) for token in more),
         }
     )
 
@@ -115,16 +115,19 @@ def sampling_rules(
     return stop_ids, Suppressed(tuple(stop_ids), sampling.min_response_tokens)
 
 
-def _stop_token_id(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> int:
-    """The id of a token given by its name in the vocabulary, or as the text that it alone stands for."""
+def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> int:
+    """The id of a token given by its name in the vocabulary, or as the text that it alone stands for.
+
+    Raises `ConfigError`, naming `key`, for a text of several tokens.
+    """
     index = tokenizer.get_vocab().get(token)
     if index is not None:
         return int(index)
     ids = tokenizer.encode(token, add_special_tokens=False)
     if len(ids) != 1:
         raise ConfigError(
-            f"{key} names {token!r}, which this tokenizer writes as {len(ids)} tokens. A stop token must be one token "
-            "of the vocabulary"
+            f"{key} names {token!r}, which this tokenizer writes as {len(ids)} tokens. It must be one token of the "
+            "vocabulary"
         )
     return int(ids[0])
 

@@ -6,7 +6,6 @@ number of tokens of an optimiser step, all ranks and micro-batches together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +22,8 @@ from rlhf.models.loading import check_vocabulary, load_policy, load_tokenizer
 from rlhf.models.positions import check_positions
 from rlhf.models.scratch import build_from_scratch
 from rlhf.models.seq2seq import is_encoder_decoder
-from rlhf.ops.logprobs import token_logprobs
-from rlhf.ops.sequences import position_ids, right_pad
 from rlhf.stages.context import StageContext, StageOutput, publish, publish_model, save_partial
+from rlhf.stages.demonstration_loss import IGNORED, loss_and_correct
 from rlhf.stages.seq2seq_training import DemonstrationCollator, DemonstrationTrainer, sft_rows
 from rlhf.stages.trl_adapter import Training, open_tracker, plan_schedule
 from rlhf.stages.trl_checkpoints import find_checkpoint
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-IGNORED = -100
 
 
 def run(context: StageContext) -> StageOutput:
@@ -158,31 +154,3 @@ def _validate(context: StageContext, tokenizer: PreTrainedTokenizerBase, pairs: 
             totals += found if batch else 0
     loss, correct, count = runtime.sum_over_ranks(totals).tolist()
     return {"validation_loss": loss / count, "validation_token_accuracy": correct / count}
-
-
-@torch.inference_mode()
-def loss_and_correct(
-    model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_id: int, device: torch.device
-) -> torch.Tensor:
-    """Sums over the response tokens: cross-entropy in nats, tokens predicted right, tokens. (3,) float64."""
-    if is_encoder_decoder(model):
-        batch = DemonstrationCollator(model)([pair._asdict() for pair in pairs])
-        batch = {name: value.to(device) for name, value in batch.items()}
-        targets = batch.pop("labels")
-        counted, logits = targets != IGNORED, model(**batch, use_cache=False).logits
-        return _sums(logits, targets.clamp(min=0), counted)
-    ids, mask = right_pad([pair.prompt_ids + pair.response_ids for pair in pairs], pad_id=pad_id)
-    counts, _ = right_pad(
-        [[0] * len(pair.prompt_ids) + [1] * len(pair.response_ids) for pair in pairs], pad_id=0, width=ids.shape[1]
-    )
-    ids, mask, counted = ids.to(device), mask.to(device), counts.bool().to(device)[:, 1:]
-    output = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-    return _sums(output.logits[:, :-1], ids[:, 1:], counted)
-
-
-def _sums(logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    logprobs = token_logprobs(logits=logits, tokens=targets, temperature=1.0)
-    zero = torch.zeros((), device=logits.device)
-    loss = -torch.where(counted, logprobs, zero).double().sum()
-    correct = ((logits.argmax(-1) == targets) & counted).sum()
-    return torch.stack([loss, correct.double(), counted.sum().double()])

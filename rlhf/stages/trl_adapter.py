@@ -264,15 +264,7 @@ def open_tracker(
     """The stage's tracker, its files taken back to `checkpoint`; prints `notes`."""
     # The very last step's line is always written anew, since what it says is measured after the last checkpoint.
     resume_step = 0 if checkpoint is None else min(checkpoint.step, schedule.num_steps - 1)
-    tracker = Tracker.open(
-        context.run,
-        context.config.tracking,
-        context.stage.name,
-        schedule.num_steps,
-        resume_step,
-        context.config.model_dump(mode="json"),
-        context.runtime.is_main,
-    )
+    tracker = context.open_tracker(schedule.num_steps, resume_step)
     for note in notes:
         tracker.message(note)
     return tracker

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["sft", "reward_model", "dpo"]
 
+_OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop"}
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -111,6 +112,7 @@ def _common_arguments(section: TrainingConfig, context: StageContext, schedule: 
         accumulation_steps=schedule.accumulation_steps,
         max_grad_norm=section.max_grad_norm,
         device_type="cpu" if on_cpu else "cuda",
+        overlap=not runtime.strict,
     )
     return {
         "output_dir": str(context.stage.checkpoints),
@@ -126,7 +128,7 @@ def _common_arguments(section: TrainingConfig, context: StageContext, schedule: 
         "train_sampling_strategy": "sequential",
         "dataloader_num_workers": 0,
         "remove_unused_columns": False,
-        "optim": "adamw_torch",
+        "optim": _OPTIMIZERS[section.optimizer],
         "learning_rate": section.learning_rate,
         "lr_scheduler_type": _SCHEDULES[section.schedule],
         "warmup_steps": section.warmup_steps,

@@ -45,6 +45,7 @@ PREFERENCE_LOSSES = Module(
             "(mask.unsqueeze(2) & mask.unsqueeze(1)).triu()",
             "(mask.unsqueeze(2) & mask.unsqueeze(1))",
         ),
+        M("ranking_loss", "first only takes all", "losses[:, 0] if first_only else losses.sum(1)", "losses.sum(1)"),
         M("ranking_loss", "worst first", ".triu()\n", ".tril()\n"),
         M("ranking_loss", "padding drawn too", "torch.where(mask, left - values, 0.0)", "(left - values)"),
         M("ranking_loss", "weights ignored", "losses = losses * weights.to(losses.dtype)", "losses = losses * 1"),

@@ -45,6 +45,9 @@ from tests.reward_example import write_rewards
 KEY = "preferences.annotator"
 
 
+FILM = "My cousin and I saw the new film on Friday ."
+
+
 def task(
     *texts: str,
     prompt: PromptContent = "p",
@@ -156,6 +159,17 @@ def test_a_rule_abstains_where_its_reward_does_not_apply(tmp_path: Path) -> None
     functional = RuleAnnotator(reward=FunctionReward(file=write_rewards(tmp_path)))
     with pytest.raises(ConfigError, match=r"preferences\.annotator\.reward\.type=function looks at tokens"):
         answer(functional, task("a", "b"))
+
+
+def test_annotators_may_want_no_opinions() -> None:
+    """At temperature 0: two facts (2) against one favourable opinion (0.5 reserved, 2 less 1/6 otherwise)."""
+    shown = task(" We sat in the first row . It ran for two hours .", " The music was good .", prompt=FILM)
+    for wants, better in (("reserved", 0), ("favourable", 1)):
+        config = SimulatedAnnotators(
+            num_annotators=1, temperature=0.0, reward=GoldReward.model_validate({"wants": wants})
+        )
+        (given,) = answer(config, shown)
+        assert given.answer == Choice(shown.responses[better].id)
 
 
 class Longest:

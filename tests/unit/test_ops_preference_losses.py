@@ -127,6 +127,20 @@ def test_ranking_by_drawing_one_after_the_other() -> None:
     assert ranking_loss(scores=scores[1:2], mask=mask[1:2])[0].item() == pytest.approx(pair.item())
 
 
+def test_a_choice_is_the_first_draw_alone() -> None:
+    # exp(score) 3, 2, 1: 3/6, whatever the order of the others. A row of two: 1/4.
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 7.0]], dtype=torch.float64).log()
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    loss, count, metrics = ranking_loss(scores=scores, mask=mask, first_only=True)
+    assert loss.item() == pytest.approx(math.log(2) + math.log(4))
+    assert count.item() == 2
+    # The first against each of the others: 3 > 2, 3 > 1, and 1 < 3.
+    assert (metrics["decided"].item(), metrics["accuracy"].item()) == (3, 2)
+    assert metrics["score_difference"].item() == pytest.approx(math.log(3 / 2) + LOG3 - LOG3)
+    weighted = ranking_loss(scores=scores, mask=mask, weights=doubles(2, 3), first_only=True)[0]
+    assert weighted.item() == pytest.approx(2 * math.log(2) + 3 * math.log(4))
+
+
 def test_orders_of_four_have_probability_one_together() -> None:
     scores = torch.randn(4, dtype=torch.float64)
     mask = torch.ones(1, 4, dtype=torch.bool)

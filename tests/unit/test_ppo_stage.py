@@ -271,6 +271,8 @@ KNOBS: dict[str, Any] = {
     "responses_per_prompt": 4,
     "min_response_tokens": 6,
     "stop_tokens": (tuple("abcdefghijklmnopqrstuvwxyz"), {}),
+    "truncate_token": ("e", {"missing_eos_penalty": 2.0}),
+    "truncate_after": (4, {"truncate_token": "<|eos|>", "missing_eos_penalty": 2.0}),
     "critic_warmup_updates": 1,
     "adam_epsilon_placement": "tensorflow",
     "kl_placement": "loss",
@@ -298,6 +300,7 @@ NOT_KNOBS = {
     "guards",
     "samples_every",
     "num_samples_shown",
+    "pass_metrics_updates",
     "save_every",
     "keep_checkpoints",
 }

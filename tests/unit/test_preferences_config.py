@@ -79,6 +79,8 @@ def test_who_labels_the_test_split() -> None:
     assert preferences("annotator=human", "test_labels=gold").gold_labels_test
     assert not preferences("test_labels=annotator").gold_labels_test
     assert not preferences("annotator.reward.type=length").gold_labels_test
+    # What other annotators want, the corpus's gold reward does not say.
+    assert not preferences("annotator.reward.wants=reserved").gold_labels_test
 
 
 MIXTURE: dict[str, Any] = {

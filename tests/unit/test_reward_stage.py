@@ -73,7 +73,7 @@ def section(loss: dict[str, Any], **values: Any) -> RewardModelConfig:
 def set_of(config: RewardModelConfig) -> TrainingSet:
     if config.loss.type == "rating":
         return rating_set(config, RATINGS)
-    return comparison_set(config, ORDERS if config.loss.type == "plackett_luce" else ROWS)
+    return comparison_set(config, ORDERS if config.loss.type in ("plackett_luce", "best_of_k") else ROWS)
 
 
 def trained_loss(case: Case, config: RewardModelConfig, sizes: list[int] | None = None) -> tuple[float, list[Tensor]]:
@@ -139,6 +139,9 @@ def slow_loss(case: Case, config: RewardModelConfig) -> Tensor:
             scores = [score(example, place) for place in range(len(example.responses))]
             for place in range(len(scores)):
                 total = total - torch.log(scores[place].exp() / sum(other.exp() for other in scores[place:]))
+        elif loss.type == "best_of_k":
+            scores = [score(example, place) for place in range(len(example.responses))]
+            total = total - torch.log(scores[0].exp() / sum(other.exp() for other in scores))
         else:
             for pair, (better, worse) in enumerate(example.pairs):
                 first, second, p = score(example, better), score(example, worse), example.probabilities[pair]
@@ -154,6 +157,7 @@ LOSSES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"type": "bradley_terry", "use_margin": True, "label_smoothing": 0.1}, {}),
     ({"type": "kwise", "use_margin": True}, {"center_coefficient": 0.3}),
     ({"type": "plackett_luce"}, {}),
+    ({"type": "best_of_k"}, {}),
     ({"type": "rating"}, {}),
     ({"type": "rating", "form": "logistic"}, {}),
 ]
@@ -356,6 +360,9 @@ def test_scores_are_measured_on_what_normalization_says(base: Path, tmp_path: Pa
         assert found[name]["score_std"] == pytest.approx(float(scores.std(correction=0).detach()), abs=1e-5)
     assert len({entry["score_mean"] for entry in found.values()}) == len(kinds)
     assert statistics_of(tmp_path) == found["sft_responses"]
+    # A mean that is shifted alone.
+    shifted = measured({**sampled, "scale": False})[0]
+    assert shifted == {**found["sft_responses"], "score_std": 1.0}
     texts = measured(sampled)[1]
     assert texts is not None
     # Nine prompts, so the first two have a second response; none is longer than was asked for.

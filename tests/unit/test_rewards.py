@@ -23,13 +23,15 @@ from rlhf.config.rewards import (
     RegexReward,
     RepetitionReward,
     RewardConfig,
+    SentimentReward,
 )
 from rlhf.data import load_prompts
-from rlhf.data.embedded import gold_reward
+from rlhf.data.embedded import gold_reward, reserved_reward
 from rlhf.data.tokenization import encode_pair
 from rlhf.errors import ConfigError
 from rlhf.models.loading import load_tokenizer
 from rlhf.rewards.build import LoadedModel, build_rewards, folder_loader
+from rlhf.rewards.checks import preflight
 from rlhf.rewards.composition import RewardSet, ScoreStatistics, WeightedReward, concatenate, part_means
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import RewardBatch, RewardError, columns_by_name
@@ -127,6 +129,19 @@ def test_repetition_is_the_share_of_repeated_ngrams() -> None:
 def test_gold_is_the_corpus_own() -> None:
     prompt, response = "I thought the songs of the new film", " were great ."
     assert scores(GoldReward(), make_batch([response], [prompt])) == [round(gold_reward(prompt, response), 6)]
+    reserved = scores(GoldReward(wants="reserved"), make_batch([response], [prompt]))
+    assert reserved == [round(reserved_reward(prompt, response), 6)] != [round(gold_reward(prompt, response), 6)]
+
+
+def test_sentiment_counts_opinions_alone() -> None:
+    """Two opinions of 1 and one of -1: (1 + 1/3) / 2; "not good" is one of -1; a sentence without one is 0."""
+    batch = make_batch(["great great bad", "was not good .", "the film . great .", ""])
+    assert scores(SentimentReward(), batch) == [0.666667, 0.0, 0.75, 0.5]
+
+
+def test_sentiment_needs_the_words_of_the_corpus() -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.rewards\.p\.type=sentiment needs data=embedded, whose words it knows"):
+        preflight({"p": SentimentReward()}, FileData(path="x.jsonl"))
 
 
 # --- the weighted sum -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from rlhf.config.annotators import (
     SimulatedAnnotators,
 )
 from rlhf.config.rewards import GoldReward
-from rlhf.data.embedded import gold_reward
+from rlhf.data.embedded import GOLD_REWARDS
 from rlhf.errors import ConfigError
 from rlhf.preferences.annotators.mixture import WHOLE, Annotators, Pool, pool_weights
 from rlhf.preferences.annotators.pool import PoolAnnotator, TaskScorer
@@ -106,10 +106,10 @@ def _scorer(
     """What scores the responses, and its settings."""
     reward = config.reward
     if isinstance(reward, GoldReward):
-        weight = reward.weight
+        weight, wanted = reward.weight, GOLD_REWARDS[reward.wants]
 
         def gold(tasks: Sequence[ShownTask]) -> list[list[float]]:
-            return [[weight * gold_reward(task.prompt.prompt, one.text) for one in task.responses] for task in tasks]
+            return [[weight * wanted(task.prompt.prompt, one.text) for one in task.responses] for task in tasks]
 
         return gold, reward.model_dump(mode="json")
     from rlhf.preferences.annotators.scoring import reward_scorer

@@ -21,6 +21,7 @@ from rlhf.config.rewards import (
     RegexReward,
     RepetitionReward,
     RewardConfig,
+    SentimentReward,
 )
 from rlhf.data.tokenization import EncodedPair, encode_pair
 from rlhf.errors import ConfigError
@@ -108,7 +109,7 @@ def _reads_texts_alone(config: RewardConfig) -> bool:
     if isinstance(config, LengthReward | RepetitionReward):
         return config.unit == "words"
     texts_alone = ExactAnswerReward | GoldReward | JudgeReward | KeywordReward | MathReward | RegexReward
-    return isinstance(config, texts_alone)
+    return isinstance(config, texts_alone | SentimentReward)
 
 
 def _settings(config: RewardConfig) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def train(job: PPOJob) -> Trained:
             metrics: dict[str, float] = {
                 **batch_metrics(batch, experience, models.rewards.weights, coefficient),
                 **statistics.means(runtime, section, coefficient),
+                **statistics.pass_means(runtime),
                 "ppo/learning_rate": section.learning_rate * learning_rate_factor(section, update),
             }
             # 6. What moves between updates: the learning rates, beta, the average of the policy, the reference.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rlhf.models.shared_base import SharedBase
     from rlhf.rewards.composition import RewardSet
     from rlhf.stages.ppo.self_test import Facts
+    from rlhf.stages.ppo.truncation import Truncation
 
 
 @dataclass(frozen=True)
@@ -349,6 +350,7 @@ class PPOModels:
     """Everything PPO holds in memory. `critic_tokenizer` is None where the critic is not published by itself.
 
     `ranks_score_together`: a frozen model is sharded, so that no rank can score, or leave off, without the others.
+    `truncation`: what is scored is cut; None: whole responses are.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -360,6 +362,7 @@ class PPOModels:
     stop_ids: tuple[int, ...]
     scoring: Scoring
     ranks_score_together: bool = False
+    truncation: Truncation | None = None
 
     @property
     def policy(self) -> PreTrainedModel:

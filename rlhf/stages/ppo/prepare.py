@@ -39,6 +39,7 @@ from rlhf.stages.ppo.models import (
 )
 from rlhf.stages.ppo.rewards import make_rewards, shard_rewards
 from rlhf.stages.ppo.self_test import Facts, active_dropout, sampling_transforms
+from rlhf.stages.ppo.truncation import Truncation
 from rlhf.stages.sampling import EncodedPrompt, load_encoded_prompts, require_prompts, stop_token_ids
 
 if TYPE_CHECKING:
@@ -60,10 +61,7 @@ def prepare_job(context: StageContext) -> PPOJob:
     check_columns(section.rewards, prompts[0].columns)
 
     def open_tracker(done: int) -> Tracker:
-        body = config.model_dump(mode="json")
-        return Tracker.open(
-            context.run, config.tracking, "ppo", section.num_updates, done, body, is_main=runtime.is_main
-        )
+        return context.open_tracker(section.num_updates, done)
 
     return PPOJob(
         section=section,
@@ -207,7 +205,10 @@ def assemble(
         architecture=type(policy).__name__,
     )
     scoring = Scoring(section.temperature, suppressed, section.logprob_chunk_tokens)
-    return PPOModels(tokenizer, actor_critic, reference, rewards, critic_tokenizer, facts, stop_ids, scoring)
+    truncation = Truncation.of(section, tokenizer)
+    return PPOModels(
+        tokenizer, actor_critic, reference, rewards, critic_tokenizer, facts, stop_ids, scoring, truncation=truncation
+    )
 
 
 def _load_reference(context: StageContext) -> PreTrainedModel:

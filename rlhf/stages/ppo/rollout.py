@@ -241,16 +241,21 @@ def score_rollout(
     with models.reference.role() as reference:
         # The policy's own function, operation by operation, so that equal models give equal numbers.
         reference_logprobs, _ = batch.of_policy(reference, scoring)
-    texts = decode_responses(models.tokenizer, rollout.response_ids, rollout.response_mask)
+    response_mask = rollout.response_mask
+    if models.truncation is not None:
+        # A response stops where it is cut; one that cannot be cut pays `missing_eos_penalty`.
+        response_mask, found = models.truncation.scored_part(rollout.response_ids, rollout.response_mask)
+        rollout = replace(rollout, stopped=found)
+    texts = decode_responses(models.tokenizer, rollout.response_ids, response_mask)
     scores = models.rewards.score(
         RewardBatch(
             prompts=[row.prompt.content for row in rows],
             responses=texts,
             columns=columns_by_name([row.prompt.columns for row in rows]),
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=torch.cat([rollout.prompts.prompt_mask, response_mask], dim=1),
             num_prompt=batch.num_prompt,
-            response_mask=rollout.response_mask,
+            response_mask=response_mask,
             stopped=rollout.stopped,
         )
     )

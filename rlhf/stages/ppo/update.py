@@ -66,10 +66,14 @@ class Demonstrations:
 
 @dataclass
 class UpdateStatistics:
-    """Sums over the micro-batches of an update on this rank; `means` makes them metrics of all ranks."""
+    """Sums over the micro-batches of an update on this rank; `means` makes them metrics of all ranks.
+
+    `passes` are those of each pass by itself, in the updates that log them.
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
+    passes: list[UpdateStatistics] = field(default_factory=list)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Adds one micro-batch."""
@@ -108,6 +112,28 @@ class UpdateStatistics:
             metrics["ppo/ptx_loss"] = total["ptx_loss"] / total["num_ptx_tokens"]
             loss += section.ptx_coefficient * metrics["ppo/ptx_loss"]
         return {"ppo/loss": loss, **metrics}
+
+    def pass_means(self, runtime: Runtime) -> dict[str, float]:
+        """Of each pass by itself, counted from 0: how far the policy was from the one that sampled, over all tokens.
+
+        The policy of a pass with one minibatch is that before its step, so that of pass 0 is the sampling policy.
+        """
+        metrics: dict[str, float] = {}
+        names = ("approx_kl", "squared_log_ratio", "clip_fraction", "ratio")
+        for number, one in enumerate(self.passes):
+            sums = torch.stack([one.sums[name].double() for name in (*names, "num_tokens")])
+            *totals, tokens = runtime.sum_over_ranks(sums).tolist()
+            approx_kl, squares, clipped, ratio = (total / tokens for total in totals)
+            largest = max(float(part) for part in runtime.gather_objects(float(one.sums["ratio_max"])))
+            own = {
+                "approx_kl": approx_kl,
+                "approx_kl_k2": squares / 2,
+                "clip_fraction": clipped,
+                "ratio_mean": ratio,
+                "ratio_max": largest,
+            }
+            metrics |= {f"ppo/pass_{number}/{name}": value for name, value in own.items()}
+        return metrics
 
 
 def minibatches(num_rows: int, section: PPOConfig, seed: int, update: int, epoch: int) -> list[Tensor]:
@@ -154,11 +180,15 @@ class Updater:
         engine.module.train()
         steps_before = update * section.num_epochs * section.num_minibatches
         for epoch in range(section.num_epochs):
+            if update < section.pass_metrics_updates:
+                statistics.passes.append(UpdateStatistics())
             for number, rows in enumerate(minibatches(len(batch), section, self.seed, update, epoch)):
                 step = UpdateStatistics()
                 optimizer_step = steps_before + epoch * section.num_minibatches + number
                 self._accumulate(batch, rows, optimizer_step, kl_coefficient, step)
                 statistics.add(step.sums)
+                if statistics.passes:
+                    statistics.passes[-1].add(step.sums)
                 statistics.grad_norms.append(engine.step(advance_schedule=False))
                 if self._moved_too_far(step):
                     engine.module.eval()
@@ -246,6 +276,11 @@ class Updater:
             "num_counted": aggregation_count(mask=mask, aggregation=section.loss_aggregation),
             "num_value_slots": value_count,
         }
+        if section.pass_metrics_updates:
+            with torch.no_grad():
+                log_ratio = logprobs.float() - batch.scored.old_logprobs
+                sums["squared_log_ratio"] = masked_sum(values=log_ratio.square(), mask=mask)
+                sums["ratio"] = masked_sum(values=log_ratio.exp(), mask=mask)
         if section.kl_placement == "loss":
             kl_sum, _, _ = kl_loss(
                 logprobs=logprobs,
