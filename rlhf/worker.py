@@ -42,26 +42,32 @@ def run_stage(config: RLHFConfig, run: RunFolder, name: StageName, runtime: Runt
     """Runs one stage on this rank and, on rank 0, records its result. All ranks return together."""
     from rlhf.pipeline import resolve_inputs
     from rlhf.planning.during_run import StageMemory
+    from rlhf.runs.tracking import StageSinks
     from rlhf.stages.context import StageContext
 
     started = time.monotonic()
     stage = run.stage(name)
-    context = StageContext(
-        config=config, run=run, stage=stage, runtime=runtime, inputs=resolve_inputs(config, run, name)
-    )
-    module = importlib.import_module(STAGE_MODULES[name])
-    memory = StageMemory.start(config, name, context.inputs, runtime)
-    output = module.run(context)
-    measured = runtime.gather_objects(memory.meter.read())
-    if runtime.is_main:
-        result = StageResult(
-            stage=name,
-            fingerprint=stage.read_fingerprint() or "",
-            seconds=time.monotonic() - started,
-            outputs=stage.hash_outputs(output.outputs),
-            summary={**output.summary, **memory.summary(measured)},
-        )
-        stage.write_result(result)
+    inputs = resolve_inputs(config, run, name)
+    with StageSinks(run, config.tracking, name, config.model_dump(mode="json"), runtime.is_main) as sinks:
+        context = StageContext(config=config, run=run, stage=stage, runtime=runtime, inputs=inputs, sinks=sinks)
+        module = importlib.import_module(STAGE_MODULES[name])
+        if runtime.is_main:
+            from rlhf.distributed.facts import compute_facts
+
+            manifest.update_stage(run, name, compute=compute_facts(runtime))
+        memory = StageMemory.start(config, name, context.inputs, runtime)
+        output = module.run(context)
+        measured = runtime.gather_objects(memory.meter.read())
+        if runtime.is_main:
+            result = StageResult(
+                stage=name,
+                fingerprint=stage.read_fingerprint() or "",
+                seconds=time.monotonic() - started,
+                outputs=stage.hash_outputs(output.outputs),
+                summary={**output.summary, **memory.summary(measured)},
+            )
+            stage.write_result(result)
+            sinks.record(result, inputs)
     runtime.barrier()
 
 
@@ -104,6 +110,10 @@ def _of_user(error: BaseException, run: RunFolder | None) -> BaseException:
         return error
     if isinstance(error, SystemExit) and stopping.requested() is None:
         return _exit_error(error)
+    if "rlhf.distributed.determinism" in sys.modules:
+        from rlhf.distributed.determinism import explain_refusal
+
+        error = explain_refusal(error) or error
     return storage_error(error, run.path if run is not None else Path.cwd()) or error
 
 

@@ -19,6 +19,9 @@ class DistributedConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a GPU")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 on CUDA and fp32 on CPU")
     num_threads: PositiveInt | None = Field(None, description="CPU threads a process; null shares the cores out")
+    determinism: Literal["default", "strict"] = Field(
+        "default", description="strict: the same bits again or an error, slower; one thread a process unless set"
+    )
     stop_seconds: PositiveFloat = Field(25, description="what a stage may take to end by SIGTERM before it is killed")
     silent_seconds: float = Field(6, ge=2, allow_inf_nan=False, description="a node unheard for so long is gone")
     timeout_seconds: PositiveInt = Field(600, description="collective operations and nodes that wait longer fail")
@@ -27,6 +30,11 @@ class DistributedConfig(Section):
     def world_size(self) -> int:
         """Processes on all hosts together."""
         return self.num_nodes * self.num_processes
+
+    @property
+    def fixed_threads(self) -> int | None:
+        """CPU threads a process; None leaves them to the machine, which `determinism=strict` does not: it takes one."""
+        return 1 if self.num_threads is None and self.determinism == "strict" else self.num_threads
 
     @field_validator("rendezvous")
     @classmethod

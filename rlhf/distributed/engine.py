@@ -79,6 +79,7 @@ class TrainingEngine:
             accumulation_steps=accumulation_steps,
             max_grad_norm=max_grad_norm,
             device_type="cuda" if runtime.device.type == "cuda" else "cpu",
+            overlap=not runtime.strict,
         )
         place(module, runtime, config)
         if config is None:

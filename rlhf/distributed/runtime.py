@@ -19,6 +19,7 @@ import torch.distributed
 
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.zero import ZeroConfig
+from rlhf.distributed.determinism import apply_determinism, prepare_environment
 from rlhf.distributed.launch import die_with_parent, threads_per_rank
 from rlhf.distributed.slurm import adopt_slurm, tasks_are_ranks
 from rlhf.distributed.zero import check_with_deepspeed
@@ -35,7 +36,7 @@ class Runtime:
 
     `dtype` is what forward passes compute in and what frozen models are held in. A module that is trained is loaded in
     float32 whatever the precision: the engine keeps float32 master weights and lowers the precision of the rest.
-    `stop_seconds` is what a stop may take.
+    `stop_seconds` is what a stop may take; `strict`: equal runs give equal bits, see `rlhf.distributed.determinism`.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Runtime:
     device: torch.device
     precision: Precision
     stop_seconds: float = float("inf")
+    strict: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -68,6 +70,7 @@ class Runtime:
         adopt_slurm(os.environ)
         rank, world_size, local_rank, local_world_size = _identity(config)
         _quiet_libraries()
+        prepare_environment(config, os.environ)
         device = _choose_device(config, local_rank)
         if device.type == "cuda":
             local_rank = device.index  # Accelerate and DeepSpeed take it for the device's number
@@ -77,7 +80,8 @@ class Runtime:
         if zero.stage > 0:
             _require_deepspeed()
         reset_library_state()
-        _set_threads(threads_per_rank(local_world_size, config.num_threads, os.environ))
+        _set_threads(threads_per_rank(local_world_size, config.fixed_threads, os.environ))
+        apply_determinism(config, device)  # NCCL asks for it when the group is made
         if world_size > 1 or zero.stage > 0:
             _join_process_group(rank, world_size, local_rank, local_world_size, device, config.timeout_seconds)
         else:
@@ -87,11 +91,8 @@ class Runtime:
             _prepare_deepspeed(device)
             check_with_deepspeed(zero)
         _seed_everything(seed)
-        if device.type == "cpu":
-            # What use_deterministic_algorithms(True, warn_only=True) does, which imports the compiler for a second.
-            torch.set_deterministic_debug_mode("warn")
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        return cls(rank, world_size, local_rank, device, precision, config.stop_seconds)
+        strict = config.determinism == "strict"
+        return cls(rank, world_size, local_rank, device, precision, config.stop_seconds, strict)
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

@@ -53,10 +53,12 @@ def deepspeed_json(
     accumulation_steps: int,
     max_grad_norm: float,
     device_type: Literal["cpu", "cuda"],
+    overlap: bool = True,
 ) -> dict[str, Any] | None:
     """The configuration as DeepSpeed, Accelerate and `TrainingArguments(deepspeed=...)` take it; None at stage 0.
 
     `micro_batch_size` is one rank's examples a forward pass, `accumulation_steps` its forward passes an optimiser step.
+    `overlap` lets DeepSpeed add gradients up while others are computed, whose sums are not the same from run to run.
     The optimiser and the learning-rate schedule are the caller's own. `zero.content`, a user's own JSON, takes the
     place of what is generated; `zero.extra` is merged into either, key by key. Raises `ConfigError` where one of them
     contradicts the other arguments.
@@ -73,7 +75,7 @@ def deepspeed_json(
         decided["zero_force_ds_cpu_optimizer"] = False  # torch's optimiser works there without compiling C++
     generated: dict[str, Any] = {
         **decided,
-        "zero_optimization": _zero_section(zero, device_type),
+        "zero_optimization": _zero_section(zero, device_type, overlap),
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -169,10 +171,10 @@ def _decide(config: dict[str, Any], zero: ZeroConfig, path: tuple[str, ...], val
         raise ConfigError(contradiction(source, key, theirs, f"{wanted} {json.dumps(value)}", remedy))
 
 
-def _zero_section(zero: ZeroConfig, device_type: Literal["cpu", "cuda"]) -> dict[str, Any]:
+def _zero_section(zero: ZeroConfig, device_type: Literal["cpu", "cuda"], overlap: bool) -> dict[str, Any]:
     section: dict[str, Any] = {
         "stage": zero.stage,
-        "overlap_comm": device_type == "cuda",  # on CPU there is no second stream to overlap with
+        "overlap_comm": overlap and device_type == "cuda",  # on CPU there is no second stream to overlap with
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "reduce_bucket_size": BUCKET_ELEMENTS,

@@ -12,6 +12,11 @@ from rlhf.runs.files import disk_errors, write_bytes
 from rlhf.runs.jsonable import dump_json, parse_line
 
 
+def count_lines(path: Path) -> int:
+    """Whole lines of a file; 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def rewind(path: Path, stage: str, resume_step: int) -> None:
     """Takes back what `stage` wrote after the checkpoint of `resume_step`, and any line a killed process cut off.
 
@@ -49,7 +54,7 @@ class LineWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.num_lines = path.read_bytes().count(b"\n") if path.exists() else 0
+        self.num_lines = count_lines(path)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

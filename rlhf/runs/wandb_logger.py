@@ -1,8 +1,9 @@
 """Weights & Biases, kept at arm's length: imported only when used, silent, and never a reason for a run to fail.
 
-All stages and resumes of a run folder are one W&B run, whose id lies in the folder's `wandb_id`. W&B's own step is
-the line number in `metrics.jsonl`: it grows over all stages, and a resumed stage, whose lines were taken back,
-repeats the numbers that W&B already has. Charts use `<stage>/step`.
+All stages and resumes of a run folder are one W&B run, whose id lies in the folder's `wandb_id`. Names are those of
+`metrics.jsonl`. W&B's own step grows with every line over all stages: it is the line's number there, raised by the
+lines that a stage which began anew took back, and the lines that a resumed stage writes again are not sent again.
+Charts of `<stage>/...` use `<stage>/step`; what several stages measure, `perf/...`, is shown along W&B's own step.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ import netrc
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rlhf.config.tracking import TrackingConfig
+from rlhf.runs.artifacts import Artifact, made_artifacts, report_artifact, used_artifacts
 from rlhf.runs.files import write_text
-from rlhf.runs.folder import RunFolder
+from rlhf.runs.folder import RunFolder, StageResult
 from rlhf.runs.jsonable import read_json, to_jsonable
+from rlhf.runs.metrics_file import count_lines
+from rlhf.runs.sinks import Ending, Start, result_metrics
+from rlhf.terminal import say
 
 Mode = Literal["online", "offline", "disabled"]
 # What WANDB_MODE says, in W&B's older words too; anything else leaves it to the API key.
@@ -32,6 +38,8 @@ FINISH_SECONDS = 60.0
 # A process that was told to end is killed before long.
 HURRIED_FINISH_SECONDS = 5.0
 _PUBLIC_SERVER = "https://api.wandb.ai"
+# What an agent puts into the environment for one trial.
+_OF_A_TRIAL = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_NAME")
 _OUTSIDE_WANDB = (OSError, RuntimeError, ValueError, TypeError)
 
 
@@ -136,80 +144,111 @@ def _is_wandbs(error: BaseException) -> bool:
 class WandbLogger:
     """One stage's connection to the run's W&B run. After a failure every method does nothing."""
 
-    def __init__(self, stage: str, warn: Callable[[str], None]) -> None:
-        self.stage = stage
-        self._warn = warn
+    def __init__(self, start: Start) -> None:
+        self.stage = start.stage
+        self._start = start
         self._run: Any = None
+        # Lines below are sent already; what is added to the others' numbers, see `_raised`.
+        self._sent = start.lines_before if start.resume_step else start.lines
+        self._raised = _raised(start)
 
     @classmethod
-    def open(
-        cls,
-        folder: RunFolder,
-        config: TrackingConfig,
-        stage: str,
-        run_config: Mapping[str, Any],
-        warn: Callable[[str], None],
-    ) -> WandbLogger | None:
-        """Connects as `config` says; None when W&B is disabled or not installed. Takes about a second offline."""
+    def open(cls, start: Start) -> WandbLogger | None:
+        """Connects as the config says; None when W&B is disabled or not installed. Takes about a second offline."""
+        config = start.config
         mode = resolve_mode(config)
         if config.wandb in ("online", "offline") and mode != config.wandb:
             reason = "is not installed" if mode == "disabled" else "has no API key (wandb login), so it logs offline"
-            warn(f"tracking.wandb={config.wandb}, but W&B {reason}")
+            start.warn(f"tracking.wandb={config.wandb}, but W&B {reason}")
         if mode == "disabled":
             return None
-        logger = cls(stage, warn)
+        logger = cls(start)
         if mode == "online":
             with _Contained(logger, "could not start online, so it logs offline (wandb sync uploads later)"):
-                logger._run = _init(folder, config, run_config, mode)
+                logger._run = _init(start, mode)
         if logger._run is None:
             with _Contained(logger, "could not start offline"):
                 if mode == "online":
                     # The failed attempt still holds the run's id.
                     importlib.import_module("wandb").teardown()
-                logger._run = _init(folder, config, run_config, "offline")
+                logger._run = _init(start, "offline")
         with _Contained(logger, "failed"):
             if logger._run is not None:
-                logger._run.define_metric(f"{stage}/step", hidden=True)
-                logger._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+                logger._run.define_metric(f"{start.stage}/step", hidden=True)
+                logger._run.define_metric(f"{start.stage}/*", step_metric=f"{start.stage}/step")
         return logger
 
     def log(self, line: int, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Logs one line of `metrics.jsonl`. Names of other groups, such as `perf/`, go below the stage's."""
-        if self._run is None:
+        """Logs one line of `metrics.jsonl` under its names, unless an earlier start has."""
+        if self._run is None or line < self._sent:
             return
-        values = {self._name(name): value for name, value in metrics.items() if value is not None}
+        values = {name: value for name, value in metrics.items() if value is not None}
         with _Contained(self, "stopped logging"):
-            self._run.log({f"{self.stage}/step": step, **values}, step=line)
+            self._run.log({f"{self.stage}/step": step, **values}, step=line + self._raised)
 
     def log_samples(self, line: int, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Logs sampled texts as a W&B table."""
-        if self._run is None or not rows:
+        """Logs sampled texts as a W&B table, in the row of the stage's newest numbers."""
+        line = max(line, self._start.lines)
+        if self._run is None or not rows or line < self._sent:
             return
         columns: list[str | int] = list(dict.fromkeys(name for row in rows for name in row))
         with _Contained(self, "stopped logging"):
             import wandb
 
-            table = wandb.Table(columns=columns, data=[[_cell(row.get(str(name))) for name in columns] for row in rows])
-            self._run.log({f"{self.stage}/step": step, f"{self.stage}/samples": table}, step=line)
+            cells = [[step, *(_cell(row.get(str(name))) for name in columns)] for row in rows]
+            table = wandb.Table(columns=["step", *columns], data=cells)
+            self._run.log({f"{self.stage}/samples": table}, step=line + self._raised)
 
-    def close(self, *, failed: bool, hurry: bool = False) -> None:
+    def record(self, result: StageResult, inputs: Mapping[str, str]) -> None:
+        """Puts the result's numbers into the run's summary, and logs what was used and made as artifacts."""
+        if self._run is None:
+            return
+        with _Contained(self, "could not take the result"):
+            self._run.summary.update(result_metrics(result.stage, result.summary))
+        if self._start.config.artifacts == "none" or self._run is None:
+            return
+        with _Contained(self, "could not log artifacts"):
+            self._log_artifacts(result, inputs)
+
+    def _log_artifacts(self, result: StageResult, inputs: Mapping[str, str]) -> None:
+        folder = self._start.folder
+        experiment = str(self._start.run_config.get("experiment", "default"))
+        used = used_artifacts(folder, result.stage, inputs)
+        with_files = self._start.config.artifacts == "files"
+        # Two inputs may be the same folder: the policy is often its own reference.
+        for artifact in {artifact.version: artifact for artifact in used.values()}.values():
+            # W&B's `use_artifact` asks its server, which an offline run has none of, and online it waits. This is what
+            # it does before: the artifact is made known, the same content once, and is then noted as used.
+            self._run._log_artifact(_draft(artifact, with_files), is_user_created=True, use_after_commit=True)
+        for artifact in made_artifacts(folder, result, experiment, used):
+            self._run.log_artifact(_draft(artifact, with_files), aliases=["latest", *artifact.aliases])
+
+    def close(self, ending: Ending) -> None:
         """Ends the connection, waiting a bounded time for uploads; what is missing can be sent by `wandb sync`.
 
-        With `hurry` it waits `HURRIED_FINISH_SECONDS` at most, else `FINISH_SECONDS`.
+        After a stop it waits `HURRIED_FINISH_SECONDS` at most, else `FINISH_SECONDS`. In a sweep a run that was stopped
+        is marked as preempted, so that its agent's server hands it out again.
         """
         if self._run is None:
             return
         run, self._run = self._run, None
-        code = 1 if failed else 0
-        if not hurry:
-            self._finish(run, code)
+        if ending.stop is None:
+            self._finish(run, ending.exit_code)
             return
         # W&B's own limit is fixed when its run starts. The thread ends with the process.
-        finishing = threading.Thread(target=self._finish, args=(run, code), name="wandb-finish", daemon=True)
+        finishing = threading.Thread(target=self._end_early, args=(run, ending), name="wandb-finish", daemon=True)
         finishing.start()
         finishing.join(HURRIED_FINISH_SECONDS)
         if finishing.is_alive():
-            self._warn(f"W&B had not finished after {HURRIED_FINISH_SECONDS:g} s; wandb sync uploads what is missing.")
+            self._start.warn(
+                f"W&B had not finished after {HURRIED_FINISH_SECONDS:g} s; wandb sync uploads what is missing."
+            )
+
+    def _end_early(self, run: Any, ending: Ending) -> None:
+        if os.environ.get("WANDB_SWEEP_ID"):
+            with _Contained(self, "could not be told that the run was preempted"):
+                run.mark_preempting()
+        self._finish(run, ending.exit_code)
 
     def _finish(self, run: Any, exit_code: int) -> None:
         with _Contained(self, "did not finish cleanly"):
@@ -219,31 +258,107 @@ class WandbLogger:
         """Warns and logs no more; called for the first failure."""
         self._run = None
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        self._warn(f"W&B {doing}: {first_line}. The run goes on; metrics.jsonl has everything.")
-
-    def _name(self, name: str) -> str:
-        return name if name.startswith(f"{self.stage}/") else f"{self.stage}/{name}"
+        self._start.warn(f"W&B {doing}: {first_line}. The run goes on; metrics.jsonl has everything.")
 
 
-def _init(folder: RunFolder, config: TrackingConfig, run_config: Mapping[str, Any], mode: Mode) -> Any:
+def record_run(folder: RunFolder, config: TrackingConfig, run_config: Mapping[str, Any], stages: Sequence[str]) -> None:
+    """At the end of a run: its report, and the results of `stages`, also of those that no rank of this run has run."""
+    num_lines = count_lines(folder.metrics)
+    start = Start(folder, config, "report", run_config, say, lines_before=num_lines, lines=num_lines)
+    logger = WandbLogger.open(start)
+    if logger is None:
+        return
+    results = [folder.stage(stage).read_result() for stage in stages]
+    with _Contained(logger, "could not take the results"):
+        for result in (result for result in results if result is not None):
+            logger._run.summary.update(result_metrics(result.stage, result.summary))
+        if folder.report.exists() and config.artifacts != "none":
+            made = report_artifact(folder, str(run_config.get("experiment", "default")))
+            logger._run.log_artifact(_draft(made, with_files=True), aliases=["latest", *made.aliases])
+    logger.close(Ending())
+
+
+@contextmanager
+def outside_the_sweep() -> Iterator[None]:
+    """While the block runs, this process and its children are in no sweep: an arm of a study is a run of its own."""
+    held = {name: os.environ.pop(name) for name in _OF_A_TRIAL if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
+
+
+def offline_folders(folder: RunFolder) -> list[Path]:
+    """The folders of offline runs of this run folder, and of a study's arms, that `wandb sync` has not uploaded."""
+    found = (*folder.path.glob("wandb/offline-run-*"), *folder.path.glob("arms/**/wandb/offline-run-*"))
+    return sorted(path for path in found if not list(path.glob("*.wandb.synced")))
+
+
+def sync_command(folder: RunFolder) -> str | None:
+    """The command that uploads what this run logged offline; None where there is nothing of it."""
+    places = dict.fromkeys(path.parent.relative_to(folder.path).parts for path in offline_folders(folder))
+    # One pattern for all arms of a study; their names may have several parts.
+    patterns = dict.fromkeys((parts[0], *("*" for _ in parts[1:-1]), parts[-1])[-len(parts) :] for parts in places)
+    found = [str(folder.path.joinpath(*parts, "offline-run-*")) for parts in patterns]
+    return " ".join(["wandb sync", *found]) if found else None
+
+
+def _raised(start: Start) -> int:
+    """What is added to a line's number to give W&B's step: all lines that stages which began anew have taken back.
+
+    W&B takes no step twice, and the lines in their place say something else. Kept in the folder.
+    """
+    file = start.folder.path / ".wandb_raised"
+    try:
+        raised = int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        raised = 0
+    taken_back = start.lines_before - start.lines
+    if start.resume_step == 0 and taken_back > 0:
+        raised += taken_back
+        write_text(file, f"{raised}\n")
+    return raised
+
+
+def _draft(artifact: Artifact, with_files: bool) -> Any:
+    """W&B's artifact: the files themselves, or one entry whose reference is the hash of the content.
+
+    Such an entry uploads nothing and makes the version depend on the content alone, wherever it lies.
+    """
+    import wandb
+
+    draft = wandb.Artifact(artifact.name, type=artifact.type, metadata=to_jsonable(artifact.metadata))
+    if artifact.path is None or not with_files:
+        draft.add_reference(f"sha256:{artifact.content}", name="content")
+    elif artifact.path.is_dir():
+        draft.add_dir(str(artifact.path), policy="immutable")
+    else:
+        draft.add_file(str(artifact.path), policy="immutable")
+    return draft
+
+
+def _init(start: Start, mode: Mode) -> Any:
     # The variable also silences what W&B says outside a run, at start and at exit.
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
+    config, folder = start.config, start.folder
     in_sweep = bool(os.environ.get("WANDB_SWEEP_ID"))
+    # The agent names the runs of a sweep and groups them.
+    named, grouped = (in_sweep or os.environ.get(variable) for variable in ("WANDB_NAME", "WANDB_RUN_GROUP"))
     return wandb.init(
         project=None if in_sweep else config.project,
         entity=None if in_sweep else config.entity,
         tags=list(config.tags) or None,
         id=run_id(folder),
-        # The agent names the runs of a sweep.
-        name=None if in_sweep else folder.path.resolve().name,
-        group=None if in_sweep else run_config.get("experiment"),
+        name=config.name or (None if named else folder.path.resolve().name),
+        group=None if grouped else start.run_config.get("experiment"),
         dir=str(folder.path),
         mode=mode,
         resume="allow",
         reinit="finish_previous",
-        config=to_jsonable(run_config),
+        # W&B merges what a sweep sets into it, section by section, and locks that.
+        config=to_jsonable(start.run_config),
         allow_val_change=True,
         settings=wandb.Settings(
             silent=True,
