@@ -26,6 +26,7 @@ from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
 from rlhf.data.templates import chat_template
 from rlhf.distributed.zero import check_user_entries
 from rlhf.errors import ArtifactError, ConfigError
+from rlhf.evaluation import judge_checks
 from rlhf.models.paths import base_of, check_model_path, is_adapter, is_ensemble, is_local, member_folders
 from rlhf.preferences.annotators.checks import check_annotators, check_store
 from rlhf.preferences.rounds import earlier_labels
@@ -34,6 +35,8 @@ from rlhf.rewards import checks as reward_checks
 from rlhf.runs.files import fingerprint, hash_path
 from rlhf.runs.folder import RunFolder, StageFolder, StageResult
 from rlhf.runs.jsonable import read_json
+from rlhf.runs.sweep_agent import sweep_run_id
+from rlhf.runs.tracking import check_tracking
 from rlhf.stage_inputs import collects_ratings, inputs_of
 
 # Raised when the code of a stage changes so that an old result is no longer what the same config gives.
@@ -94,12 +97,12 @@ def _check_data_fits(config: RLHFConfig, run: RunFolder) -> None:
                 raise ConfigError(f"preferences.{key}={path}: there is no such file")
     if (
         "reward_model" in config.stages
-        and kind == "embedded"
+        and not data.gives_comparisons(config.data)
         and config.reward_model.loss.type != "rating"
         and "comparisons" not in inputs_of(config, run, "reward_model")
     ):
         raise ConfigError(
-            "stage reward_model needs comparisons: data=embedded has none of its own, and this run has no finished "
+            f"stage reward_model needs comparisons: data={kind} has none of its own, and this run has no finished "
             "stage collect. Add collect to stages, or set reward_model.comparisons=FOLDER."
         )
     if (
@@ -115,9 +118,10 @@ def _check_data_fits(config: RLHFConfig, run: RunFolder) -> None:
         )
     if "active_selection" in config.stages:
         check_active_selection(config, config.distributed.world_size)
-    if "dpo" in config.stages and kind == "embedded" and "comparisons" not in inputs_of(config, run, "dpo"):
+    has_none = not data.gives_comparisons(config.data)
+    if "dpo" in config.stages and has_none and "comparisons" not in inputs_of(config, run, "dpo"):
         raise ConfigError(
-            "stage dpo needs comparisons: data=embedded has none of its own, and this run has no finished stage "
+            f"stage dpo needs comparisons: data={kind} has none of its own, and this run has no finished stage "
             "collect. Add collect to stages, or set dpo.comparisons=FOLDER."
         )
     if "best_of_n" in config.stages:
@@ -192,6 +196,7 @@ def preflight(config: RLHFConfig, run: RunFolder) -> None:
     """Everything about the inputs that can be known wrong before torch is imported. Raises `ConfigError`."""
     stages = [stage for stage in config.stages if stage != "report"]
     check_user_entries(config)
+    check_tracking(config.tracking)
     if stages:
         data.preflight(config.data)
         _check_data_fits(config, run)
@@ -202,6 +207,8 @@ def preflight(config: RLHFConfig, run: RunFolder) -> None:
             reward_checks.preflight(config.ppo.rewards, config.data)
         if "best_of_n" in stages:
             reward_checks.preflight(best_of_n_rewards(config), config.data, "best_of_n.rewards")
+        if "evaluate" in stages:
+            judge_checks.check_judge(config.evaluate.judge)
     elif not any(run.stages.glob("*/result.json")):
         raise ConfigError(
             f"there is no finished stage to report in {run.path}. Give the experiment and keys of the run, or its "
@@ -277,6 +284,8 @@ def decided_by(
         section["ppo"] = config.ppo.model_dump(mode="json")
     if stage == "active_selection":
         section |= _active_selection_content(config)
+    if stage == "compare_arms":
+        section["named_arms"] = section.pop("arms")
     if stage in STUDIES_OF_RUNS:
         # Its arms are runs that differ from this one in some keys, so all that decides a run decides it.
         whole = config.model_dump(mode="json", exclude=_NOT_OF_ARMS)
@@ -287,6 +296,8 @@ def decided_by(
         section["rewards"] = reward_checks.content_hash(config.ppo.rewards)
     if stage == "best_of_n":
         section["rewards"] = reward_checks.content_hash(best_of_n_rewards(config), "best_of_n.rewards")
+    if stage == "evaluate":
+        section["judge"] = judge_checks.judge_values(config.evaluate.judge)
     if stage == "collect":
         section |= _preferences_content(config, run)
     template = config.model.chat_template
@@ -299,7 +310,7 @@ def decided_by(
         "model": config.model.model_dump(mode="json", exclude={"path", "chat_template"}),
         "peft": lora_content(config, stage),
         "chat_template": None if template is None else chat_template(template),
-        "data": [config.data.model_dump(mode="json", exclude={"path"}), data_hash],
+        "data": [data.settings_of(config.data), data_hash],
         "inputs": {name: _content(path, config.model.revision) for name, path in sorted(inputs.items())},
     }
 
@@ -385,7 +396,11 @@ def _value(value: object) -> str:
 
 
 def default_run_folder(config: RLHFConfig, identity: str) -> Path:
-    """`run.dir`, or `<run.root>/<experiment>/<id>`; `identity` is the hash of the config that makes the id."""
+    """`run.dir`, or `<run.root>/<experiment>/<id>`; `identity` is the hash of the config that makes the id.
+
+    In a sweep of W&B the id is the agent's, so that a trial that is handed out again finds its checkpoint.
+    """
     if config.run.dir is not None:
         return Path(config.run.dir).expanduser()
-    return Path(config.run.root).expanduser() / config.experiment / f"seed{config.seed}-{identity[:8]}"
+    name = sweep_run_id(os.environ) or f"seed{config.seed}-{identity[:8]}"
+    return Path(config.run.root).expanduser() / config.experiment / name

@@ -31,6 +31,8 @@ def required(value: str | None, stage: StageName, name: str, producer: StageName
 def inputs_of(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str, str]:
     """The stage's inputs by name. Raises `ConfigError` when one is missing."""
     sft = own_model(config, run, "sft")
+    if stage == "compare_arms":
+        return _compare_arms_inputs(config, run, sft)
     if stage in STUDIES_OF_RUNS:
         return {"policy": required(getattr(config, stage).policy or sft, stage, "policy", "sft")}
     if stage == "active_selection":
@@ -68,11 +70,33 @@ def inputs_of(config: RLHFConfig, run: RunFolder, stage: StageName) -> dict[str,
         baseline = required(config.evaluate.baseline or sft, stage, "baseline", "sft")
         inputs = {"policy": policy, "baseline": baseline, "reference": config.evaluate.reference or baseline}
         reward_model = config.evaluate.reward_model or own_model(config, run, "reward_model")
+        judge = judge_model(config)
         if reward_model is not None:
             inputs["reward_model"] = reward_model
-        elif config.evaluate.judge.type == "reward_model":
+        elif config.evaluate.judge.type == "reward_model" and not judge:
             required(None, stage, "reward_model", "reward_model")
-        return inputs
+        return inputs | judge
+    return {}
+
+
+def _compare_arms_inputs(config: RLHFConfig, run: RunFolder, sft: str | None) -> dict[str, str]:
+    """What all arms start from, and what this run makes for those that make none of their own."""
+    inputs = {"policy": required(config.compare_arms.policy or sft, "compare_arms", "policy", "sft")}
+    if "collect" in config.stages:
+        inputs["comparisons"] = str(run.stage("collect").path / "comparisons")
+    reward_model = own_model(config, run, "reward_model")
+    if reward_model is not None:
+        inputs["reward_model"] = reward_model
+    return inputs
+
+
+def judge_model(config: RLHFConfig) -> dict[str, str]:
+    """The model that the judge of stage evaluate names, by its key within the section; empty where it names none."""
+    judge = config.evaluate.judge
+    if judge.type == "reward_model" and judge.path is not None:
+        return {"judge.path": judge.path}
+    if judge.type == "language_model" and judge.model is not None:
+        return {"judge.model": judge.model}
     return {}
 
 

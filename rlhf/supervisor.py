@@ -15,6 +15,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 from rlhf import data, sbatch
+from rlhf.cached_stages import cached_stage, check_cache, plan_or_take
 from rlhf.config import STUDIES_OF_RUNS, RLHFConfig, StageName, config_from_values, config_hash, config_to_yaml
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
@@ -38,11 +39,13 @@ from rlhf.errors import (
 )
 from rlhf.pipeline import StagePlan, begin_stage, default_run_folder, plan_stage, preflight
 from rlhf.preferences.waiting import people_wanted, wait_as_configured, what_to_do
-from rlhf.runs import console, manifest
+from rlhf.runs import console, manifest, preemption
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.report import write_report
-from rlhf.studies.arms import check_alone, run_study
+from rlhf.runs.sweep_agent import check_sweep
+from rlhf.runs.wandb_logger import outside_the_sweep, record_run, sync_command
+from rlhf.studies.arms import check_alone, check_arms, run_study
 from rlhf.terminal import forgive_all, say, warn
 from rlhf.worker import exit_code_of, explain, leave, note_stop, run_stage
 
@@ -64,6 +67,7 @@ _FAILED_ALREADY = suppress(StorageError)
 def supervise(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
     """Runs the config's stages. Returns the exit code; errors of the user rise as `UserError`."""
     forgive_all()
+    check_sweep(config, os.environ)
     if config.launcher.type == "slurm":
         return sbatch.write_job(config, _prepare(config).path, command)
     place = place_of(config.distributed, os.environ)
@@ -75,7 +79,7 @@ def supervise(config: RLHFConfig, command: Sequence[str], debug: bool) -> int:
         return _run_as_rank(_with_world_size(config), command, debug)
     run = _prepare(config)
     with run.lock():
-        return _run(config, run, command, debug)
+        return preemption.telling(config, run, lambda: _run(config, run, command, debug))
 
 
 def _run(
@@ -103,7 +107,7 @@ def _supervise_node(config: RLHFConfig, place: NodePlace, command: Sequence[str]
     """One of several nodes: node 0 does what a single one does and leads the others."""
     values = config.model_dump(mode="json")
     if place.rank > 0:
-        run = _folder_of(config)
+        run = run_folder_of(config)
         with ExitStack() as held:
             return follow(
                 place,
@@ -111,25 +115,28 @@ def _supervise_node(config: RLHFConfig, place: NodePlace, command: Sequence[str]
                 values,
                 lambda stage: _rank_command(run, stage, debug),
                 prepare=lambda: (_prepare(config), held.enter_context(claimed_gpus(config.distributed, os.environ))),
-                num_threads=config.distributed.num_threads,
+                num_threads=config.distributed.fixed_threads,
                 grace_seconds=config.distributed.stop_seconds,
             )
     with Leader(place) as leader:
         run = _prepare(config)
         with run.lock():
             leader.meet(run.path, values)
-            code = _run(config, run, command, debug, leader)
+            code = preemption.telling(config, run, lambda: _run(config, run, command, debug, leader))
             leader.end(code)
             return code
 
 
-def _folder_of(config: RLHFConfig) -> RunFolder:
+def run_folder_of(config: RLHFConfig) -> RunFolder:
+    """Where `supervise` runs the config."""
     return RunFolder(default_run_folder(config, config_hash(config, exclude=_NOT_IDENTITY)))
 
 
 def _prepare(config: RLHFConfig) -> RunFolder:
-    run = _folder_of(config)
+    run = run_folder_of(config)
     preflight(config, run)
+    check_arms(config, run)
+    check_cache(config)
     run.create()
     return run
 
@@ -148,8 +155,17 @@ def _start_manifest(config: RLHFConfig, run: RunFolder, command: Sequence[str]) 
     )
 
 
+def _hash_data(config: RLHFConfig, run: RunFolder | None) -> str:
+    """The data's hash as fingerprints have it; written, with that of its content alone, into the manifest of `run`."""
+    content = data.data_content(config.data)
+    value = data.data_hash(config.data, content)
+    if run is not None:
+        manifest.update_manifest(run, data={"hash": value, "content": content})
+    return value
+
+
 def _run_stages(config: RLHFConfig, run: RunFolder, command: Sequence[str], debug: bool, leader: Leader | None) -> int:
-    data_hash = data.data_hash(config.data)
+    data_hash = _hash_data(config, run)
     with ExitStack() as held:
         for position, name in enumerate(config.stages, start=1):
             if name == "report":
@@ -161,15 +177,21 @@ def _run_stages(config: RLHFConfig, run: RunFolder, command: Sequence[str], debu
                 # A supervisor that was killed between the result and this line has left the manifest without it.
                 _record_finished(run, name)
                 continue
-            # From the first stage that has something to do to the last; a second time it finds the choice made.
-            if name == "collect":
-                code = _run_collect(config, run, plan, position, debug, leader, held)
-            else:
-                held.enter_context(claimed_gpus(config.distributed, os.environ))
-                if name in STUDIES_OF_RUNS:
-                    code = _run_study(config, run, plan, position, command, debug)
+            with cached_stage(config, run, plan, position, before_waiting=held.close) as cached:
+                if cached.taken:
+                    _record_finished(run, name)
+                    continue
+                # From the first stage that has something to do to the last; a second time it finds the choice made.
+                if name == "collect":
+                    code = _run_collect(config, run, plan, position, debug, leader, held)
                 else:
-                    code = _run_in_ranks(config, run, plan, position, debug, leader)
+                    held.enter_context(claimed_gpus(config.distributed, os.environ))
+                    if name in STUDIES_OF_RUNS:
+                        code = _run_study(config, run, plan, position, command, debug)
+                    else:
+                        code = _run_in_ranks(config, run, plan, position, debug, leader)
+                if code == EXIT_SUCCESS:
+                    cached.publish()
             if code != EXIT_SUCCESS:
                 with _FAILED_ALREADY:
                     manifest.finish_manifest(run, code)
@@ -222,9 +244,10 @@ def _run_study(
     """Runs a study's arms, each as a run of its own within this one. Returns the exit code."""
 
     def run_arm(own: RLHFConfig) -> int:
-        arm = _prepare(own)
-        with arm.lock():
-            return _run(own, arm, command, debug, show_summary=False)
+        with outside_the_sweep():
+            arm = _prepare(own)
+            with arm.lock():
+                return _run(own, arm, command, debug, show_summary=False)
 
     _begin(config, run, plan, position)
     started = time.monotonic()
@@ -242,8 +265,11 @@ def _finish(config: RLHFConfig, run: RunFolder, *, show_summary: bool = True) ->
     manifest.finish_manifest(run, EXIT_SUCCESS)
     if "report" in config.stages:
         write_report(run)  # once more, now that the manifest says finished
+    record_run(run, config.tracking, config.model_dump(mode="json"), config.stages)
     if show_summary:
         console.print_summary(run)
+        if (command := sync_command(run)) is not None:
+            say(f"W&B is offline here; to upload: {command}")
 
 
 def _write_report(run: RunFolder) -> None:
@@ -258,7 +284,15 @@ def _begin(config: RLHFConfig, run: RunFolder, plan: StagePlan, position: int) -
     if note is not None:
         say(f"rlhf: {note}")
     inputs = {name: str(path) for name, path in plan.inputs.items()}
-    manifest.update_stage(run, plan.name, status="running", fingerprint=plan.fingerprint, inputs=inputs, stopped=None)
+    manifest.update_stage(
+        run,
+        plan.name,
+        status="running",
+        fingerprint=plan.fingerprint,
+        inputs=inputs,
+        input_hashes=plan.decided_by.get("inputs", {}),
+        stopped=None,
+    )
     console.heading(plan.name, position, len(config.stages), detail)
 
 
@@ -276,7 +310,7 @@ def _run_in_ranks(
         result = launch(
             _rank_command(run, plan.name, debug),
             config.distributed.num_processes,
-            num_threads=config.distributed.num_threads,
+            num_threads=config.distributed.fixed_threads,
             log_folder=run.path / "logs" / plan.name,
             peers=peers,
             grace_seconds=config.distributed.stop_seconds,
@@ -340,14 +374,14 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
     locks = ExitStack()
     try:
         runtime = Runtime.start(config.distributed, config.zero, config.seed)
-        run = _folder_of(config)
+        run = run_folder_of(config)
         if runtime.is_main:
             _prepare(config)
             locks.enter_context(run.lock())
             begun = True
             _start_manifest(config, run, command)
         runtime.barrier()
-        data_hash = data.data_hash(config.data)
+        data_hash = _hash_data(config, run if runtime.is_main else None)
         for position, name in enumerate(config.stages, start=1):
             if name == "report":
                 if runtime.is_main:
@@ -356,7 +390,8 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
             # Rank 0 looks for all, so that no rank looks at what another has begun to write.
             plan = runtime.broadcast_object(plan_stage(config, run, name, data_hash) if runtime.is_main else None)
             assert plan is not None
-            if plan.finished:
+            cached = plan_or_take(config, run, plan, position) if runtime.is_main else None
+            if plan.finished or runtime.broadcast_object(cached is not None and cached.taken):
                 if runtime.is_main:
                     _record_finished(run, name)
                 continue
@@ -365,8 +400,9 @@ def _run_as_rank(config: RLHFConfig, command: Sequence[str], debug: bool) -> int
                 current = name
             runtime.barrier()
             run_stage(config, run, name, runtime)
-            if runtime.is_main:
+            if cached is not None:
                 _record_finished(run, name)
+                cached.publish()
                 current = None
             # Each stage starts from the same random state and with fresh library singletons, as in its own process.
             runtime = Runtime.start(config.distributed, config.zero, config.seed)

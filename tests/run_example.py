@@ -52,6 +52,21 @@ def held(folder: Path, stage: str, times: int) -> tuple[Path, dict[str, str]]:
     return file, {"PYTHONPATH": f"{hook}{os.pathsep}{ROOT}"}
 
 
+def marked_processes(mark: str) -> list[int]:
+    """Living processes other than this one that have a variable of this name."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                environ = (entry / "environ").read_bytes()
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if mark.encode() in environ and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
 class Run:
     """A command that was started, with everything that it starts; leaving the context kills what is left of it."""
 
@@ -132,17 +147,7 @@ class Run:
 
     def processes(self) -> list[int]:
         """Living processes that were started by this command, however indirectly: they have its mark."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                try:
-                    environ = (entry / "environ").read_bytes()
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                if self.mark.encode() in environ and state != "Z":
-                    found.append(int(entry.name))
-        return found
+        return marked_processes(self.mark)
 
     def check_nothing_left(self) -> None:
         """No process of the run is left after 15 s."""

@@ -2,15 +2,20 @@
 
 Accepted spellings, all meaning the same: `a.b=c`, `--a.b=c`, `+a.b=c`, `++a.b=c` (W&B's `args_append_hydra` and
 `args_override_hydra`) and `--a.b c`. `~a.b` takes a value away, so that its default holds. `model=gpt2` chooses a file
-of a group, `model={'path': 'x'}` and `ppo={...}` merge a mapping. Of two arguments for one key the last one wins.
+of a group, `model={'path': 'x'}` and `ppo={...}` merge a mapping. The path of a `.json` file (W&B's `args_json_file`)
+stands for the keys of the object in it, each meaning what `key=value` means. Of two arguments for one key the last one
+wins; the order of arguments for different keys does not matter.
 W&B's own keys (`_wandb...`) and the `--local_rank=N` of launchers are no part of a config and are left out.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rlhf.config import schema
@@ -20,16 +25,23 @@ from rlhf.config.values import container_from_text
 
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 IGNORED_KEYS = re.compile(r"_wandb.*|local[_-]rank", re.DOTALL)
+# What may follow a key of its own although it starts with a hyphen.
+NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf)\S*")
 SHAPE = "expected key=value, such as ppo.learning_rate=3e-6, or group=choice, such as model=gpt2"
+FILE_SHAPE = 'expected a JSON object of overrides, such as {"ppo.learning_rate": 3e-6, "model": "gpt2"}'
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument: `original` as it was typed, `text` everything after the first `=`; None for a removal `~key`."""
+    """One argument: `original` as it was typed, `text` everything after the first `=`; None for a removal `~key`.
+
+    `file` is the JSON file that it stands in, None for one of the command line.
+    """
 
     original: str
     key: str
     text: str | None
+    file: str | None = None
 
     @property
     def path(self) -> schema.Path:
@@ -37,7 +49,7 @@ class Argument:
 
     @property
     def source(self) -> str:
-        return f"argument {shorten(self.original)}"
+        return f"argument {shorten(self.original)}" if self.file is None else f"{shorten(self.file)}: {self.key}"
 
 
 @dataclass
@@ -60,6 +72,10 @@ def parse_arguments(arguments: Sequence[str], groups: Collection[str]) -> Argume
             parsed.values.append(argument)
         else:
             parsed.values.append(argument)
+    if all(argument.text is not None for argument in parsed.values):
+        # As a group's choice comes before the keys in it: the name of a kind would take away what was set of it. Only a
+        # removal means something at its place.
+        parsed.values.sort(key=lambda argument: not schema.is_name_of_kind(argument.path, argument.text))
     return parsed
 
 
@@ -69,7 +85,8 @@ def join_spaced(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         before = joined[-1] if joined else ""
         waiting = before.startswith("--") and "=" not in before and KEY.fullmatch(before[2:]) is not None
-        if waiting and not argument.startswith("-") and "=" not in argument:
+        hyphen = argument.startswith("-") and not NEGATIVE_NUMBER.fullmatch(argument)
+        if waiting and not hyphen and "=" not in argument:
             joined[-1] = f"{before}={argument}"
         else:
             joined.append(argument)
@@ -79,6 +96,9 @@ def join_spaced(arguments: Sequence[str]) -> list[str]:
 def _split(arguments: Sequence[str], problems: list[Problem]) -> list[Argument]:
     found = []
     for original in arguments:
+        if _names_file(original):
+            found.extend(_from_file(original, problems))
+            continue
         key, equals, text = original.removeprefix("--").partition("=")
         if key.startswith("~"):
             key, removal = key[1:], True
@@ -99,6 +119,36 @@ def _split(arguments: Sequence[str], problems: list[Problem]) -> list[Argument]:
             message += "; a key is made of names joined by single dots"
         problems.append(Problem(shorten(original) or "''", message, source="argument"))
     return found
+
+
+def _names_file(argument: str) -> bool:
+    """Whether an argument is the path of a JSON file; `data.path=x.json` is not, `/data/a=b/x.json` is."""
+    key, equals, _ = argument.lstrip("+").partition("=")
+    return argument.endswith(".json") and not argument.startswith("-") and not (equals and KEY.fullmatch(key))
+
+
+def _from_file(name: str, problems: list[Problem]) -> Iterator[Argument]:
+    """The arguments that a file stands for, as text: what is written by hand and what an agent writes mean the same."""
+    try:
+        values = json.loads(Path(os.path.expanduser(name)).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(Problem(shorten(name), f"there is no such file; {FILE_SHAPE}", source="argument"))
+        return
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(Problem(shorten(name), f"cannot be read ({error}); {FILE_SHAPE}", source="argument"))
+        return
+    if not isinstance(values, dict):
+        problems.append(Problem(shorten(name), f"{FILE_SHAPE}, found a {type(values).__name__}", source="argument"))
+        return
+    for key, value in values.items():
+        if IGNORED_KEYS.fullmatch(key):
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        if KEY.fullmatch(key):
+            yield Argument(f"{key}={text}", key, text, name)
+        else:
+            message = "expected a key such as ppo.learning_rate: names joined by single dots"
+            problems.append(Problem(shorten(key) or "''", message, source=shorten(name)))
 
 
 def apply(argument: Argument, draft: Draft, groups: Collection[str]) -> list[Problem]:

@@ -12,3 +12,6 @@ class RunConfig(Section):
 
     dir: str | None = Field(None, description="run folder; null derives it from the experiment and the config")
     root: str = Field("runs", description="parent of the derived run folders")
+    cache: str | None = Field(
+        None, description="folder in which runs share finished stages, see docs/stage_cache.md; null shares nothing"
+    )

@@ -46,7 +46,13 @@ def from_text(text: str, target: ValueType) -> Any:
 
 
 def from_argument_value(value: Any, target: ValueType) -> Any:
-    """An element of a list or mapping given as an argument: as in a file, but text fields take numbers as text."""
+    """An element of a list or mapping given as an argument: as in a file, but text fields take numbers as text.
+
+    And the others take text as numbers: a sweep's file, which PyYAML reads, has `3e-6` as text, and so has what W&B
+    makes of a nested parameter, `{'learning_rate': '3e-6'}`.
+    """
+    if isinstance(value, str) and target.core is not str:
+        return from_text(value, target)
     if target.core is str and isinstance(value, int | float) and not target.choices:
         return str(value)
     if target.element is not None and isinstance(value, list | tuple):

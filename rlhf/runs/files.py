@@ -347,9 +347,10 @@ def _published_name(path: Path) -> Path | None:
 
 def _whole_files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_leftover(Path(parent, name))]
-        yield from (Path(parent, name) for name in names if not _is_leftover(Path(parent, name)))
+        folders[:] = [name for name in folders if not is_leftover(Path(parent, name))]
+        yield from (Path(parent, name) for name in names if not is_leftover(Path(parent, name)))
 
 
-def _is_leftover(path: Path) -> bool:
+def is_leftover(path: Path) -> bool:
+    """Whether a killed run has left this, or something that was about to become or had been something else."""
     return path.name.endswith(PARTIAL) or _published_name(path) is not None
