@@ -1,0 +1,38 @@
+"""Why two runs differ: the likeliest causes first, from what the runs wrote down about themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf.evidence.facts import Fact, Facts
+
+_SHOWN = 6
+
+
+def likely_causes(facts: Facts, labels: tuple[str, str], *, seed_counts: bool = True) -> list[str]:
+    """One line a kind of cause, the likeliest first; empty when nothing that was written down differs.
+
+    `labels` name the two sides in the text. What decides results excludes what only decides rounding: a run with
+    another learning rate needs no other explanation.
+    """
+    strong = [
+        ("another experiment", facts.results),
+        ("other data", facts.data),
+        ("other files or input models", facts.content),
+        *([("another seed", facts.seed)] if seed_counts else []),
+    ]
+    weak = [
+        ("other code", facts.code),
+        ("other package versions", facts.packages),
+        ("computed otherwise", (*facts.rounding, *facts.compute)),
+        ("another machine", facts.hardware),
+    ]
+    chosen = [(name, found) for name, found in strong if found] or [(name, found) for name, found in weak if found]
+    return [f"{name}: {describe_facts(found, labels)}" for name, found in chosen]
+
+
+def describe_facts(found: Sequence[Fact], labels: tuple[str, str]) -> str:
+    """The first few facts on one line."""
+    prefixes = tuple(f"{label} " if label else "" for label in labels)
+    shown = "; ".join(fact.describe(*prefixes) for fact in found[:_SHOWN])
+    return shown + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
