@@ -77,7 +77,7 @@ def check_active_selection(config: RLHFConfig, world_size: int) -> None:
         raise ConfigError(
             f"stage active_selection measures by the gold reward of data=embedded; data.type is {config.data.type}."
         )
-    if annotator.type != "simulated" or annotator.reward.type != "gold":
+    if annotator.type != "simulated" or annotator.reward.type != "gold" or annotator.reward.wants != "favourable":
         raise ConfigError(
             "stage active_selection asks simulated annotators who see the gold reward: leave preferences.annotator "
             f"out, or set preferences.annotator.type=simulated (it is {annotator.type})."

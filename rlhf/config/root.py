@@ -11,9 +11,11 @@ from rlhf.config.active_selection import ActiveSelectionConfig
 from rlhf.config.base import NonNegativeInt, Section
 from rlhf.config.best_of_n import BestOfNConfig
 from rlhf.config.closed_form import ClosedFormConfig
+from rlhf.config.compare_arms import CompareArmsConfig
 from rlhf.config.data import DataConfig, EmbeddedData
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.dpo import DPOConfig
+from rlhf.config.frontier import FrontierConfig
 from rlhf.config.iterated import IteratedConfig
 from rlhf.config.launcher import LauncherConfig
 from rlhf.config.model import ModelConfig
@@ -44,11 +46,13 @@ StageName = Literal[
     "iterated",
     "overoptimisation",
     "noisy_labels",
+    "compare_arms",
+    "frontier",
     "report",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 # What stands by itself. Those of the second kind run whole pipelines as their arms.
-STUDIES_OF_RUNS: tuple[StageName, ...] = ("iterated", "overoptimisation", "noisy_labels")
+STUDIES_OF_RUNS: tuple[StageName, ...] = ("iterated", "overoptimisation", "noisy_labels", "compare_arms", "frontier")
 STUDIES: tuple[StageName, ...] = ("closed_form", "active_selection", *STUDIES_OF_RUNS)
 # Stages that a run has when its config says so.
 OPTIONAL: tuple[StageName, ...] = ("reward_report", "dpo", "best_of_n")
@@ -86,6 +90,8 @@ class RLHFConfig(Section):
     iterated: IteratedConfig = IteratedConfig()
     overoptimisation: OveroptimisationConfig = OveroptimisationConfig()
     noisy_labels: NoisyLabelsConfig = NoisyLabelsConfig()
+    compare_arms: CompareArmsConfig = CompareArmsConfig()
+    frontier: FrontierConfig = FrontierConfig()
     serve: ServeConfig = ServeConfig()
     plan: PlanConfig = PlanConfig()
 

@@ -48,9 +48,7 @@ def run(context: StageContext) -> StageOutput:
     total = section.num_seeds * len(section.strategies) * len(section.num_labels)
     folder = context.stage.path / CURVES
     # The lines of finished curves are written again from their files, so a restarted study's lines are whole.
-    with Tracker.open(
-        context.run, config.tracking, "active_selection", total, 0, config.model_dump(mode="json")
-    ) as tracker:
+    with context.open_tracker(total) as tracker:
         work.report = tracker.message
         for seed in seeds_of(config, section.num_seeds):
             for strategy in section.strategies:

@@ -18,6 +18,7 @@ from rlhf.config import STUDIES_OF_RUNS, RLHFConfig, StageName, config_from_valu
 from rlhf.errors import EXIT_SUCCESS, ArtifactError, ConfigError
 from rlhf.runs.exhibits import Exhibits
 from rlhf.runs.folder import RunFolder, StageResult
+from rlhf.stage_inputs import inputs_of
 from rlhf.terminal import say
 
 # One line a study: the module with its `arms(config, run, policy)` and `exhibits(config, arms)`.
@@ -25,6 +26,8 @@ STUDY_MODULES: dict[str, str] = {
     "iterated": "rlhf.studies.iterated",
     "overoptimisation": "rlhf.studies.overoptimisation",
     "noisy_labels": "rlhf.studies.noisy_labels",
+    "frontier": "rlhf.studies.frontier",
+    "compare_arms": "rlhf.studies.compare_arms",
 }
 ARMS_FOLDER = "arms"
 
@@ -60,6 +63,17 @@ def check_alone(config: RLHFConfig, *, alone: bool) -> None:
             "node: run it by `rlhf run` without torchrun, accelerate, deepspeed or srun and without "
             "distributed.num_nodes. distributed.num_processes counts the processes of each."
         )
+
+
+def check_arms(config: RLHFConfig, run: RunFolder) -> None:
+    """Makes the config of every arm of the run's studies: a mistake should show before anything is trained.
+
+    Raises `ConfigError` where the study's settings and the user's do not go together.
+    """
+    for name in config.stages:
+        if name in STUDIES_OF_RUNS:
+            for arm in study_of(name).arms(config, run, inputs_of(config, run, name)["policy"]):
+                arm_config(config, run, arm)
 
 
 def study_of(name: StageName) -> Study:

@@ -50,7 +50,7 @@ def run(context: StageContext) -> StageOutput:
     folder = context.stage.path / CURVES
     curves: list[Curve] = []
     # The lines of finished trainings are written again from their files, so a restarted study's lines are whole.
-    with Tracker.open(context.run, config.tracking, "closed_form", total, 0, config.model_dump(mode="json")) as tracker:
+    with context.open_tracker(total) as tracker:
         step = 0
         for training in trainings:
             path = folder / f"{training.name}.json"

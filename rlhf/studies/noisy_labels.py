@@ -104,6 +104,9 @@ def exhibits(config: RLHFConfig, arms: Mapping[str, RunFolder]) -> tuple[dict[st
     summary: dict[str, Any] = {
         f"{name}_{key}": estimate.to_json() for name, of_name in ends.items() for key, estimate in of_name.items()
     }
+    for name in ends.keys() - {SINGLE}:
+        summary[f"{name}_lead"] = ends[name]["last"].minus(ends[SINGLE]["last"]).to_json()
+        summary[f"{name}_less_fall"] = ends[SINGLE]["fall"].minus(ends[name]["fall"]).to_json()
     figure = Figure(
         "noisy_labels",
         "Gold reward under label noise",

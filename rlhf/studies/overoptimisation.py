@@ -140,12 +140,37 @@ def exhibits(config: RLHFConfig, arms: Mapping[str, RunFolder]) -> tuple[dict[st
     tables = [_fit_table(fits), _checkpoint_table(curves)]
     if dpo:
         tables.append(Table("DPO", ("comparisons", "beta", "KL, nats", "gold reward", "proxy"), tuple(dpo)))
-    summary: dict[str, Any] = {f"r_squared_{method}_{name}": fit["r_squared"] for (method, name), fit in fits.items()}
-    return summary, Exhibits(tuple(tables), (figure,), tuple(_remarks(config, fits, curves)))
+    return _summary(config, fits, curves), Exhibits(tuple(tables), (figure,), tuple(_remarks(config, fits, curves)))
 
 
 Fits = dict[tuple[str, str], dict[str, Any]]
 Curves = Mapping[tuple[str, float], PPOCurve]
+
+
+def _summary(config: RLHFConfig, fits: Fits, curves: Curves) -> dict[str, Any]:
+    """Fits of all curves, what the gold reward of PPO's came to, and the proxy of most labels less that of fewest."""
+    found: dict[str, Any] = {}
+    for (method, name), fit in fits.items():
+        found |= {f"{method}/{_dashed(name)}/{number}": fit[number] for number in ("alpha", "beta", "r_squared")}
+    for (name, beta), curve in curves.items():
+        smooth = curve.smoothed(min(_WINDOW, len(curve.updates)))
+        best, last = max(smooth.gold), smooth.gold[-1]
+        own = {"peak": best, "end": last, "fall": best - last, "proxy_rise": smooth.proxy[-1] - smooth.proxy[0]}
+        found |= {f"{_ppo_name(name, beta)}/{number}": value for number, value in own.items()}
+    few, many = _proxy(config.overoptimisation.num_comparisons[0]), _proxy(config.overoptimisation.num_comparisons[-1])
+    if few != many:
+        least = min(config.overoptimisation.betas)
+        for group, first, second, number in (
+            ("best_of_n", few, many, "alpha"),
+            ("ppo", f"{few}-beta-{least:g}", f"{many}-beta-{least:g}", "peak"),
+        ):
+            difference = found[f"{group}/{second}/{number}"] - found[f"{group}/{first}/{number}"]
+            found[f"{group}/{many}_minus_{few}/{number}"] = difference
+    return found
+
+
+def _dashed(name: str) -> str:
+    return name.replace(" ", "-")
 
 
 def _sizes(config: RLHFConfig, scores: Scores) -> list[int]:

@@ -177,6 +177,8 @@ def test_the_fall_is_from_the_best_window_to_the_last(run: RunFolder) -> None:
     assert summary["single_fall"]["value"] == pytest.approx(0.95)
     assert summary["worst_fall"]["value"] == pytest.approx(0.15)
     assert summary["single_kl"]["value"] == pytest.approx(9.0)
+    assert summary["worst_lead"]["value"] == pytest.approx(0.8)
+    assert summary["worst_less_fall"]["value"] == pytest.approx(0.8)
     assert [row[0] for row in exhibits.tables[1].rows] == ["1", "2"]
     assert "leads by +0.80" in exhibits.remarks[0]
 
@@ -251,7 +253,11 @@ def test_the_figure_the_fits_and_the_checkpoints(run: RunFolder) -> None:
         found = {"kl_to_reference": {"value": kl}, "gold_score_policy": estimate}
         _finish(folder, "evaluate", {**found, "reward_model_score_policy": {"value": 3.5}})
     summary, exhibits = arms_module.study_of("overoptimisation").exhibits(config, folders)
-    assert summary["r_squared_ppo_proxy-10 beta 0"] == pytest.approx(1.0)
+    assert summary["ppo/proxy-10-beta-0/r_squared"] == pytest.approx(1.0)
+    assert summary["ppo/proxy-10-beta-0/alpha"] == pytest.approx(1.0)
+    # Windows of three updates, by hand from the gold rewards above.
+    assert summary["ppo/proxy-10-beta-0/peak"] == pytest.approx(sum(gold[:3]) / 3)
+    assert summary["ppo/proxy-10-beta-0/fall"] == pytest.approx((sum(gold[:3]) - sum(gold[3:])) / 3)
     fits, checkpoints, dpo = exhibits.tables
     assert fits.rows[1][:2] == ("PPO", "proxy-10 beta 0")
     assert list(fits.rows[1][2:5]) == pytest.approx([1.0, 0.5, 1.0])
