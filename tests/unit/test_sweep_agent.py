@@ -1,0 +1,320 @@
+"""Agents: nothing is lost and nothing is run twice to the end, whoever is killed when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf.sweeps.agent import Agent
+from rlhf.sweeps.folder import Sweep
+from rlhf.sweeps.process import TrialProcess
+from tests.command import command, environment
+from tests.sweep_example import lines_of, make_sweep, values_of
+
+GRID = "method: grid\nparameters: {x: {values: [1, 2, 3, 4]}, y: {values: [a, b]}}\n"
+
+
+def _ends(sweep: Sweep) -> list[int]:
+    """How often each trial came to its end."""
+    trials = sorted((sweep.folder.path / "trials").iterdir(), key=lambda path: int(path.name))
+    return [len(lines_of(trial / "ends")) for trial in trials]
+
+
+def _wait(what: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def _start(sweep: Sweep, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("agent", str(sweep.folder.path), *arguments),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_grid_is_gone_through_once_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = make_sweep(tmp_path, GRID)
+    assert Agent(sweep, count=3).work() == 0
+    # A second agent goes on where the first ended.
+    assert Agent(sweep).work() == 0
+    assert values_of(sweep) == [{"x": x, "y": y} for x in (1, 2, 3, 4) for y in "ab"]
+    assert _ends(sweep) == [1] * 8
+    state = sweep.journal.look()
+    # The last line of the metric: -(x-3)^2 - 1/3.
+    assert state.settings[5].value == pytest.approx(-1 / 3)
+    assert state.settings[0].value == pytest.approx(-4 - 1 / 3)
+    said = capsys.readouterr().out
+    assert "trial 5: x=3 y=b" in said
+    assert "done: 5 finished" in said
+    assert Agent(sweep).work() == 0
+    assert "done: no trial" in capsys.readouterr().out
+
+
+def test_three_agents_one_killed(tmp_path: Path) -> None:
+    """SIGKILL to an agent in a trial: the trial goes to another agent and on from its checkpoint."""
+    sweep = make_sweep(
+        tmp_path,
+        "method: grid\nparameters: {x: {values: [1, 2, 3, 4, 5, 6, 7]}, pause: {value: 0.1}, steps: {value: 6}}\n",
+    )
+    agents = [_start(sweep) for _ in range(3)]
+    victim, trial = agents[0], -1
+
+    def in_the_middle() -> bool:
+        nonlocal trial
+        for one in sweep.journal.look().by_state("running"):
+            if f"-{victim.pid}-" in (one.agent or "") and (sweep.folder.trial(one.number) / "step").exists():
+                trial = one.number
+                return True
+        return False
+
+    _wait(in_the_middle)
+    victim.kill()
+    said = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [-signal.SIGKILL, 0, 0]
+    state = sweep.journal.look()
+    assert [one.state for one in state.trials.values()] == ["finished"] * 7
+    assert _ends(sweep) == [1] * 7
+    # Handed out again, and begun anew behind a step that was on disk.
+    assert state.trials[trial].attempt == 2
+    attempts = [int(line) for line in lines_of(sweep.folder.trial(trial) / "attempts")]
+    assert len(attempts) == 2
+    assert attempts[0] == 0 < attempts[1]
+    assert f"trial {trial} is handed out again: its agent died" in said[1] + said[2]
+    # Nobody else was started twice, and no two agents began the same trial.
+    others = [one for number, one in state.trials.items() if number != trial]
+    assert all(one.attempt == 1 for one in others)
+    starts = [(event["trial"], event["attempt"]) for event in sweep.journal.events() if event["event"] == "start"]
+    assert len(starts) == len(set(starts)) == 8
+
+
+def test_an_agent_that_is_told_to_end_leaves_its_trial_to_others(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 0.2}, steps: {value: 8}}\n")
+    agent = _start(sweep)
+    _wait(lambda: (sweep.folder.trial(0) / "step").exists())
+    agent.send_signal(signal.SIGTERM)
+    said, _ = agent.communicate(timeout=60)
+    assert agent.returncode == 143
+    assert "trial 0 released" in said
+    trial = sweep.journal.look().trials[0]
+    assert (trial.state, trial.attempt) == ("waiting", 1)
+    assert not (sweep.folder.path / "leases" / "0.json").exists()
+    assert Agent(sweep).work() == 0
+    attempts = [int(line) for line in lines_of(sweep.folder.trial(0) / "attempts")]
+    assert len(attempts) == 2
+    assert attempts[1] > 0
+    assert _ends(sweep) == [1]
+
+
+def test_a_trial_whose_agent_was_not_heard_of(tmp_path: Path) -> None:
+    """A lease of another host runs out; the agent that comes back finds the trial taken, and stops its own process."""
+    sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 30}}\n", lease_seconds=60)
+    slow = Agent(sweep)
+    trial, _ = slow._take()
+    assert trial is not None
+    process = slow._start(trial, {"pause": 30})
+    try:
+        lease = sweep.folder.path / "leases" / "0.json"
+        lease.write_text(lease.read_text().replace('"host": "', '"host": "elsewhere-'))
+        other = Agent(sweep)
+        # It still has time.
+        assert other._take() == (None, "1 trial of others")
+        os.utime(lease, (time.time() - 100, time.time() - 100))
+        taken, _ = other._take()
+        assert taken is not None
+        assert (taken.number, taken.attempt) == (0, 2)
+        # The first one looks at the journal when it next touches its lease.
+        slow.sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 30}}\n", lease_seconds=60)
+        object.__setattr__(slow.sweep, "lease_seconds", 0.3)
+        outcome = slow._follow(trial, process)
+        assert outcome.lost
+        assert process.poll() == 143
+        slow._settle(trial, outcome)
+        assert sweep.journal.look().holds(0, 2)
+    finally:
+        process.kill()
+
+
+def test_seeds_run_for_every_setting(tmp_path: Path) -> None:
+    sweep = make_sweep(
+        tmp_path, "method: random\nrun_cap: 7\nparameters: {x: {min: 0.0, max: 6.0}, seed: {values: [1, 2, 3]}}\n"
+    )
+    assert Agent(sweep).work() == 0
+    state = sweep.journal.look()
+    # Two whole settings fit under the cap; a third would have one seed of three.
+    assert [(one.setting, one.seed) for one in state.trials.values()] == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 1),
+        (1, 2),
+        (1, 3),
+    ]
+    for record in state.settings.values():
+        # The stand-in adds 0.01 a seed: the mean over 1, 2 and 3 adds 0.02.
+        assert record.value == pytest.approx(-((record.values["x"] - 3) ** 2) + 0.02 - 1 / 3)
+
+
+def _pretend(sweep: Sweep, count: int) -> list[float]:
+    """What an agent asks and writes down, without a process: the score is -(x - 3)^2. Returns the x that were tried."""
+    agent, drawn = Agent(sweep), []
+    for _ in range(count):
+        trial, _ = agent._take()
+        assert trial is not None
+        drawn.append(sweep.journal.look().settings[trial.setting].values["x"])
+        with agent.journal.locked() as state:
+            value = -((drawn[-1] - 3) ** 2)
+            agent.journal.append("end", trial=trial.number, attempt=1, state="finished", value=value)
+            agent._close_settings(state)
+    return drawn
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_the_same_settings_again(tmp_path: Path, method: str) -> None:
+    """One agent and the same seed: the same sequence; with another seed another one."""
+    found = []
+    for index, seed in enumerate((1, 1, 2)):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        text = f"method: {method}\nparameters: {{x: {{min: 0.0, max: 6.0}}}}\n"
+        found.append(_pretend(make_sweep(folder, text, seed=seed), 7))
+    assert found[0] == found[1] != found[2]
+
+
+def test_bayes_finds_the_optimum(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "method: bayes\nparameters: {x: {min: 0.0, max: 100.0}}\n")
+    values = _pretend(sweep, 14)
+    # Random draws come within 1 of 3 with probability 1 - 0.98^14 = 0.25.
+    assert min(abs(value - 3) for value in values) < 1.0
+    study = Agent(sweep).search.study
+    assert len(study.trials) == 14
+    assert study.best_value == pytest.approx(max(one.value or -1e9 for one in sweep.journal.look().settings.values()))
+
+
+@pytest.mark.parametrize(("impute", "value"), [("worst", -4.0), ("best", 0.0), ("latest", -1.0)])
+def test_a_failed_setting_counts_as_the_file_says(tmp_path: Path, impute: str, value: float) -> None:
+    sweep = make_sweep(
+        tmp_path,
+        f"metric: {{name: score, goal: maximize, impute: {impute}}}\nmethod: grid\n"
+        "parameters: {x: {values: [1, 3, 4, 5]}}\n",
+        metric=False,
+    )
+    _pretend(sweep, 3)
+    agent = Agent(sweep)
+    trial, _ = agent._take()
+    assert trial is not None
+    with agent.journal.locked() as state:
+        agent.journal.append("end", trial=trial.number, attempt=1, state="failed")
+        agent._close_settings(state)
+    assert agent.search.study.trials[3].value == value
+
+
+def test_hyperband_stops_what_is_behind(tmp_path: Path) -> None:
+    sweep = make_sweep(
+        tmp_path,
+        "method: grid\nearly_terminate: {type: hyperband, min_iter: 2, eta: 2}\n"
+        "parameters: {x: {values: [3, 2.5, 9]}, steps: {value: 40}, pause: {value: 0.03}, seed: {values: [1, 2]}}\n",
+    )
+    Agent(sweep).work()
+    state = sweep.journal.look()
+    bad = [one for one in state.trials.values() if state.settings[one.setting].values["x"] == 9]
+    # Its second seed is not worth beginning.
+    assert [one.state for one in bad] == ["pruned", "skipped"]
+    assert "at iteration" in bad[0].note
+    assert int((sweep.folder.trial(bad[0].number) / "step").read_text()) < 40
+    assert state.settings[2].state == "pruned"
+    assert state.trials[0].state == "finished"
+
+
+def test_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are written down with what was printed, and three at once end the agent."""
+    sweep = make_sweep(tmp_path, "method: grid\nparameters: {x: {values: [1, 2, 3, 4]}, fail: {value: true}}\n")
+    assert Agent(sweep).work() == 1
+    state = sweep.journal.look()
+    assert [one.state for one in state.trials.values()] == ["failed"] * 3
+    assert state.trials[0].exit_code == 1
+    assert state.trials[0].tail == ("there is no such thing",)
+    said = capsys.readouterr()
+    assert "    there is no such thing" in said.out
+    assert "gives up: 3 trials failed in its first 60 s" in said.err
+
+
+def test_a_metric_that_nobody_reports(tmp_path: Path) -> None:
+    sweep = make_sweep(
+        tmp_path,
+        "metric: {name: scores, goal: maximize}\nmethod: grid\nparameters: {x: {values: [1]}}\n",
+        metric=False,
+    )
+    Agent(sweep).work()
+    trial = sweep.journal.look().trials[0]
+    assert trial.state == "failed"
+    assert trial.note == "it reported no finite scores, but score; did you mean score?"
+
+
+def test_the_target_ends_the_sweep(tmp_path: Path) -> None:
+    sweep = make_sweep(
+        tmp_path,
+        "metric: {name: score, goal: maximize, target: -0.5}\nmethod: grid\n"
+        "parameters: {x: {values: [1, 2, 3, 4, 5]}}\n",
+        metric=False,
+    )
+    Agent(sweep).work()
+    assert [one["x"] for one in values_of(sweep)] == [1, 2, 3]
+
+
+def test_a_run_that_is_told_to_end_by_others_is_handed_out_again(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 0.2}, steps: {value: 4}}\n")
+    agent = Agent(sweep, count=1)
+    trial, _ = agent._take()
+    assert trial is not None
+    process = agent._start(trial, {"pause": 0.2, "steps": 4})
+    _wait(lambda: (sweep.folder.trial(0) / "step").exists())
+    os.kill(process.group, signal.SIGTERM)
+    outcome = agent._follow(trial, process)
+    agent._settle(trial, outcome)
+    assert sweep.journal.look().trials[0].state == "waiting"
+    Agent(sweep).work()
+    assert _ends(sweep) == [1]
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    """What the program started and left running ends with it."""
+    marker = tmp_path / "pid"
+    script = f"sleep 60 & echo $! > {marker}; exit 0"
+    process = TrialProcess(["/bin/sh", "-c", script], dict(os.environ), tmp_path / "log")
+    _wait(lambda: process.poll() is not None)
+    process.clean()
+    left = int(marker.read_text())
+    stat = Path(f"/proc/{left}/stat")
+    _wait(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX", seconds=5)
+
+
+def test_sqlite_holds_the_study_as_well(tmp_path: Path) -> None:
+    sweep = make_sweep(
+        tmp_path,
+        "method: bayes\nparameters: {x: {min: 0.0, max: 6.0}, y: {values: [a, b]}}\n",
+        storage=f"sqlite:///{tmp_path}/study.db",
+    )
+    _pretend(sweep, 4)
+    _pretend(sweep, 4)
+    study = Agent(sweep).search.study
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 8
+    assert {trial.user_attrs["setting"] for trial in study.trials} == set(range(8))
+
+
+def test_an_agent_with_nothing_to_wait_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = make_sweep(tmp_path, "method: grid\nparameters: {x: {values: [1]}}\n")
+    other = Agent(sweep)
+    assert other._take()[0] is not None
+    assert Agent(sweep, wait=False).work() == 0
+    assert "done: no trial" in capsys.readouterr().out
