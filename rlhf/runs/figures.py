@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -28,16 +28,20 @@ text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:#24292f
 """
 
 
-def draw(figure: Figure, *, standalone: bool = True) -> str:
+def draw(figure: Figure, *, standalone: bool = True, colors: Mapping[str, str] | None = None) -> str:
     """The figure as SVG text. Points that are not finite are left out; a panel without points says so.
 
-    Standing alone it brings its style along; the report has it.
+    Standing alone it brings its style along; the report has it. With `colors`, one for each group, several figures
+    share a legend that stands elsewhere: the panels alone are drawn.
     """
-    groups = list(dict.fromkeys(_group(line) for panel in figure.panels for line in panel.lines))
-    colors = {group: COLORS[index % len(COLORS)] for index, group in enumerate(groups)}
     width = PANEL_WIDTH * len(figure.panels)
-    legend, rows = _legend(figure, colors, width)
-    top = TITLE_HEIGHT + rows * LEGEND_ROW
+    title, top = "", 0
+    if colors is None:
+        groups = list(dict.fromkeys(_group(line) for panel in figure.panels for line in panel.lines))
+        colors = {group: COLORS[index % len(COLORS)] for index, group in enumerate(groups)}
+        legend, rows = _legend(figure, colors, width)
+        title = f'<text class="title" x="14" y="20">{escape(figure.title)}</text>{legend}'
+        top = TITLE_HEIGHT + rows * LEGEND_ROW
     height = top + PANEL_HEIGHT
     panels = "".join(
         f'<g transform="translate({index * PANEL_WIDTH},{top})">{_panel(panel, colors)}</g>'
@@ -46,7 +50,7 @@ def draw(figure: Figure, *, standalone: bool = True) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         f' role="img" aria-label="{escape(figure.title)}">{f"<style>{STYLE}</style>" if standalone else ""}'
-        f'<text class="title" x="14" y="20">{escape(figure.title)}</text>{legend}{panels}</svg>\n'
+        f"{title}{panels}</svg>\n"
     )
 
 
@@ -54,7 +58,7 @@ def _group(line: Line) -> str:
     return line.group or line.name
 
 
-def _legend(figure: Figure, colors: dict[str, str], width: int) -> tuple[str, int]:
+def _legend(figure: Figure, colors: Mapping[str, str], width: int) -> tuple[str, int]:
     """A sample of each name with its style; names that several panels share are listed once."""
     lines = {line.name: line for panel in figure.panels for line in panel.lines}
     parts, x, row = [], 14.0, 0
@@ -76,7 +80,7 @@ def _legend(figure: Figure, colors: dict[str, str], width: int) -> tuple[str, in
     return "".join(parts), row + 1 if lines else 0
 
 
-def _panel(panel: Panel, colors: dict[str, str]) -> str:
+def _panel(panel: Panel, colors: Mapping[str, str]) -> str:
     points = [point for line in panel.lines for point in _finite(line.points)]
     title = f'<text class="panel" x="{LEFT}" y="{TOP - 12}">{escape(panel.title)}</text>'
     if not points:

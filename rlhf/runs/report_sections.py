@@ -18,7 +18,7 @@ MAX_ROLLOUTS = 300
 NUM_CARDS = 4
 # Which results come first at the top of the report: a name, or what it ends with.
 _FIRST = ("win_rate", "gold_score", "positive_share", "judge_score", "kl_to_reference", "grammatical_share")
-_SHARES = ("rate", "share", "fraction", "accuracy")
+SHARES = ("rate", "share", "fraction", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ def fold(title: str, text: str) -> str:
 def _is_share(row: Comparison) -> bool:
     """Whether the metric is a share by its name, all its numbers lying in [0, 1]."""
     values = [one.value for one in (row.before, row.after) if one is not None]
-    return row.name.split("_")[-1] in _SHARES and all(0 <= value <= 1 for value in values)
+    return row.name.split("_")[-1] in SHARES and all(0 <= value <= 1 for value in values)
 
 
 def _text(row: Comparison, value: float) -> str:
