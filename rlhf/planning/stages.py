@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from rlhf.config import RLHFConfig
+from rlhf.config.data import Kind, source_of
 from rlhf.config.peft import LoRAConfig, lora_of
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.training import TrainingConfig
@@ -50,8 +51,12 @@ class Lengths:
 
 def lengths_of(config: RLHFConfig, stage: TrainedStage, architecture: Architecture) -> Lengths:
     """The longest row of the stage: the data's limits, and of PPO its own limit on responses; within the positions."""
-    response = config.ppo.max_response_tokens if stage == "ppo" else config.data.max_response_tokens
-    prompt = config.data.max_prompt_tokens
+    kinds: dict[TrainedStage, Kind] = {"sft": "demonstrations", "reward_model": "comparisons", "ppo": "prompts"}
+    # Without comparisons of its own the run collects them: answers to its prompts.
+    source = source_of(config.data, kinds[stage]) or source_of(config.data, "prompts")
+    assert source is not None
+    response = config.ppo.max_response_tokens if stage == "ppo" else source.max_response_tokens
+    prompt = source.max_prompt_tokens
     limit = getattr(architecture.config, "max_position_embeddings", None)
     if limit is not None and not architecture.encoder_decoder and prompt + response > limit:
         prompt = max(1, limit - response)
