@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -10,6 +11,7 @@ from typing import NoReturn
 import rlhf
 from rlhf.distributed import stopping
 from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, EXIT_USAGE, ConfigError, UserError
+from rlhf.runs.sweep_agent import with_verb
 from rlhf.terminal import flush_all
 
 # Verbs that run one stage: `rlhf reward-model ...` is `rlhf run ... stages=[reward_model]`.
@@ -34,12 +36,18 @@ VERBS = {
     "dpo": "run stage dpo alone: train the policy on comparisons, without a reward model",
     "best-of-n": "run stage best_of_n alone: the best of n responses by each reward, and what a judge thinks of them",
     "evaluate": "run stage evaluate alone: judge the policy against the baseline on held-out prompts",
-    "report": "run stage report alone: write report.html from what the run folder holds",
+    "report": "write report.html from what the run folder holds; report RUN RUN ... compares runs on one page",
     "label": "serve the page on which people label: store=FILE [port=8600] [annotators=[anna,ben]] ...",
     "preferences": "the preference store: import from=FILE, export to=FOLDER, status, check",
     "serve": "serve a reward over HTTP: reward.model=FOLDER, or 'reward={type: ...}'; --json for machines",
     "config": "print the resolved config and where each value came from",
     "plan": "say whether the training stages fit into memory, where it goes and how long they take; --json",
+    "diff": "two run folders: differing config, data, packages, code, the first diverging step; --json, --exit-code",
+    "replay": "run RUN again, the same code, config, data and seed, and compare step by step",
+    "verify": "run an experiment, or take run=FOLDER, and say PASS or FAIL by its expected.json; alone: lists them",
+    "sweep": "make a sweep of a W&B sweep file: FILE [name=NAME]; status SWEEP shows one, retry SWEEP its failed trials",
+    "agent": "work on a sweep: SWEEP [--count N]; any number of them, on any number of hosts",
+    "prove": "prove a full-scale config on a CPU: plan, data adapters and first steps on tiny stand-ins; keep=FOLDER",
     "doctor": "check whether this machine runs it: versions, devices, disk, network, ranks; --json for machines",
 }
 
@@ -83,7 +91,7 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"rlhf {rlhf.__version__}")
         return EXIT_SUCCESS
-    verb, rest = arguments[0], arguments[1:]
+    verb, *rest = with_verb(arguments, os.environ)
     if any(argument in ("-h", "--help") for argument in rest):
         print(usage())
         return EXIT_SUCCESS
@@ -129,10 +137,35 @@ def _dispatch(verb: str, arguments: list[str], debug: bool) -> int:
         from rlhf.serving.command import run_serve
 
         return run_serve(arguments)
+    if verb == "prove":
+        from rlhf.proving import run_prove
+
+        return run_prove(arguments)
     if verb == "plan":
         from rlhf.planning.command import run_plan
 
         return run_plan(arguments)
+    if verb == "diff":
+        from rlhf.evidence.diff import run_diff
+
+        return run_diff(arguments)
+    if verb == "replay":
+        from rlhf.evidence.replay import run_replay
+
+        return run_replay(arguments, debug)
+    if verb == "verify":
+        from rlhf.evidence.verify import run_verify
+
+        return run_verify(arguments, debug)
+    if verb in ("sweep", "agent"):
+        from rlhf.sweeps.command_line import run_agent, run_sweep
+
+        return run_sweep(arguments) if verb == "sweep" else run_agent(arguments)
+    if verb == "report":
+        from rlhf.runs.comparison.command import is_comparison, run_report
+
+        if is_comparison(arguments):
+            return run_report(arguments)
     if verb in STAGE_VERBS:
         arguments = [*arguments, f"stages=[{STAGE_VERBS[verb]}]"]
     loaded = load_config(arguments)

@@ -17,9 +17,8 @@ from rlhf.runs.console import StageProgress
 from rlhf.runs.files import clean_partial, disk_errors, write_json
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.jsonable import read_json
-from rlhf.runs.metrics_file import LineWriter, rewind
-from rlhf.runs.tracking import Tracker
-from rlhf.runs.wandb_logger import WandbLogger
+from rlhf.runs.metrics_file import LineWriter, count_lines, rewind
+from rlhf.runs.tracking import StageSinks, Tracker
 
 if TYPE_CHECKING:
     from rlhf.distributed.runtime import Runtime
@@ -122,6 +121,7 @@ class Output:
             progress = StageProgress(STAGE, args.num_updates, initial_step=done) if self._shows else None
             return MemoryTracker(self.history, progress)
         folder = RunFolder(self.folder)
+        lines_before = count_lines(folder.metrics)
         if self.runtime.is_main:
             rewind(folder.metrics, STAGE, done)
             rewind(folder.samples, STAGE, done)
@@ -131,12 +131,15 @@ class Output:
             self.history.extend(earlier)
             return MemoryTracker(self.history)
         progress = StageProgress(STAGE, args.num_updates, initial_step=done) if self._shows else None
+        metrics = LineWriter(folder.metrics)
+        sinks = StageSinks(folder, self.tracking, STAGE, args.model_dump(mode="json"))
+        sinks.open(_message_of(progress), done, lines_before, metrics.num_lines)
         return MemoryTracker(
             self.history,
             progress,
-            metrics=LineWriter(folder.metrics),
+            metrics=metrics,
             samples=LineWriter(folder.samples),
-            wandb=WandbLogger.open(folder, self.tracking, STAGE, args.model_dump(mode="json"), _message_of(progress)),
+            sinks=sinks,
         )
 
     @property

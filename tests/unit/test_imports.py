@@ -23,6 +23,7 @@ _EVERYTHING = _LIBRARY | {
     "sweeps",
     "stage_inputs",
     "pipeline",
+    "cached_stages",
     "worker",
     "supervisor",
     "sbatch",
@@ -50,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     # A learned reward is a tokenized text through a model.
     "rewards": _SHARED | {"data", "models", "chat"},
     "distributed": {"errors", "config", "terminal"},
-    "runs": _RECORDS | {"config"},
+    "runs": _RECORDS | {"config", "statistics"},
     "evaluation": _LIBRARY,
     # The reward server.
     "serving": _LIBRARY | {"listening"},
@@ -62,12 +63,18 @@ ALLOWED: dict[str, set[str]] = {
     "studies": _EVERYTHING,
     "sbatch": {"errors", "config", "runs"},
     "pipeline": _EVERYTHING,
+    # Stages that runs share.
+    "cached_stages": _EVERYTHING,
     # What each stage reads.
     "stage_inputs": _EVERYTHING,
     "worker": _EVERYTHING,
     "supervisor": _EVERYTHING | {"studies"},
+    # A proof plans a config and runs it on stand-ins.
+    "proving": _EVERYTHING,
     "doctor": _EVERYTHING,
-    "cli": _EVERYTHING | {"doctor", "serving"},
+    # Runs compared, made again and judged.
+    "evidence": _EVERYTHING | {"studies", "supervisor"},
+    "cli": _EVERYTHING | {"doctor", "proving", "evidence", "serving"},
     "__main__": {"cli"},
 }
 STAGES = {"sft", "collect", "reward_model", "reward_report", "ppo", "dpo", "best_of_n", "evaluate"}
@@ -78,6 +85,7 @@ HEAVY = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "dat
 LIGHT = ["rlhf.config", "rlhf.cli", "rlhf.pipeline", "rlhf.supervisor", "rlhf.worker", "rlhf.data", "rlhf.errors"]
 LIGHT += [
     "rlhf.doctor",
+    "rlhf.evidence.verify",
     "rlhf.records",
     "rlhf.distributed.launch",
     "rlhf.distributed.leader",
