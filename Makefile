@@ -6,7 +6,7 @@ PIP_ARGS ?=
 RLHF_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow crash-test mutation lint install clean
+.PHONY: quickstart test test-slow crash-test mutation notebook-runs lint install clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +36,11 @@ crash-test: $(VENV)/.installed-development
 # Breaks each operation of the maths on purpose and sees a test fail; rewrites experiments/mutation.
 mutation: $(VENV)/.installed-development
 	$(BIN)/python -m tests.mutation.run
+
+# Trains the tiny runs that the notebooks read, and executes the notebooks.
+notebook-runs: $(VENV)/.installed-development
+	$(BIN)/python notebooks/make_runs.py
+	$(BIN)/python notebooks/execute.py
 
 lint: $(VENV)/.installed-development
 	$(BIN)/ruff check .

@@ -181,7 +181,7 @@ class CachedStage:
         result = self.run.stage(name).read_result()
         run_config = self.config.model_dump(mode="json")
         with StageSinks(self.run, self.config.tracking, name, run_config) as sinks:
-            for sink in sinks.open(lines_before=lines_before, lines=first):
+            for sink in sinks.open(resume_step=0, lines_before=lines_before, lines=first):
                 for number, line in enumerate(own):
                     sink.log(first + number, line["step"], _without_place(line))
                     following = own[number + 1]["step"] if number + 1 < len(own) else float("inf")

@@ -80,10 +80,10 @@ def make_run(
             }
         )
     write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
-    entries = []
+    entries: list[dict[str, Any]] = []
     for number in range(num_prompts):
         prompt = f"Prompt {number}: what did you think ?"
-        sides = {}
+        sides: dict[str, dict[str, Any]] = {}
         for role, mean in (("baseline", 0.0), ("policy", own)):
             length = 6 + int(generator.integers(0, 5)) + (longer if role == "policy" else 0)
             answer = " " + " ".join(generator.choice(WORDS, length))

@@ -1,4 +1,4 @@
-"""How often intervals hold the true difference: `python -m tests.coverage_of_intervals` prints docs/comparing.md's table."""
+"""How often intervals hold the true difference: prints the table of docs/comparing.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from rlhf import statistics
 
-TRUE, NUM_PROMPTS, REPETITIONS = 0.5, 40, 2000
+TRUE, NUM_PROMPTS, REPETITIONS = 0.5, 40, 1000
 # Seeds a side, the standard deviations of seeds, prompts and residual, and whether seeds are paired.
 CASES = (
     (1, 0.0, 1.0, 1.0, True),
@@ -31,7 +31,7 @@ def coverage(num_seeds: int, seeds: float, prompts: float, rest: float, paired: 
             TRUE + generator.normal(0, prompts, NUM_PROMPTS) + sides[0],
             sides[1],
             paired_seeds=paired,
-            num_resamples=1000,
+            num_resamples=500,
             seed=number,
         )
         student += found.low <= TRUE <= found.high

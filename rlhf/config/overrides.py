@@ -94,7 +94,7 @@ def join_spaced(arguments: Sequence[str]) -> list[str]:
 
 
 def _split(arguments: Sequence[str], problems: list[Problem]) -> list[Argument]:
-    found = []
+    found: list[Argument] = []
     for original in arguments:
         if _names_file(original):
             found.extend(_from_file(original, problems))

@@ -27,13 +27,13 @@ A null field counts as absent. What does not fit raises `RowError`, whose text i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf.data import paper_formats
 from rlhf.data.comparison_columns import comparison_columns
 from rlhf.data.readers import json_type
+from rlhf.data.row_format import Format as Format
 from rlhf.data.turns import RowError as RowError
 from rlhf.data.turns import messages_of as messages_of
 from rlhf.data.turns import role_of, text_of_parts, without_empty_system
@@ -54,26 +54,6 @@ Fields = Mapping[str, Any]
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 PROMPT_FIELDS = ("prompt", "instruction", "question", "input")
 RESPONSE_FIELDS = ("response", "completion", "output", "answer")
-
-
-@dataclass(frozen=True)
-class Format:
-    """How one format is recognised and read.
-
-    `prompt_fields` are the fields that make up the prompt; a `Prompt` keeps the others as its columns. `several`: a row
-    holds several comparisons.
-    """
-
-    describes: str
-    fits: Callable[[Fields], bool]
-    parse: Callable[[Fields], Record]
-    prompt_fields: tuple[str, ...]
-    gives: tuple[type[Record], ...]
-    several: Callable[[Fields], Sequence[Record]] | None = None
-
-    def records(self, row: Fields, kind: type[Record]) -> Sequence[Record]:
-        """What a row gives: several comparisons in some formats, one record of any other kind. Raises `RowError`."""
-        return [self.parse(row)] if self.several is None or kind is not Comparison else self.several(row)
 
 
 def detect_format(row: Fields) -> str:
@@ -232,42 +212,7 @@ def _is_transcript_pair(row: Fields) -> bool:
 _BOTH, _ALL = (Demonstration, Prompt), (Comparison, Demonstration, Prompt)
 # The order is that of detection: a format whose fields another also has comes first.
 FORMATS: dict[str, Format] = {
-    "query_responses": Format(
-        "query with response0, response1 and choice, or with reference_response",
-        lambda row: "query" in row and ("response0" in row or "reference_response" in row),
-        paper_formats.parse_query_responses,
-        ("query",),
-        _ALL,
-    ),
-    "best_of": Format(
-        "query, sample0, sample1, ... and best, the number of the best one",
-        _has("query", "sample0", "best"),
-        paper_formats.parse_best_of,
-        ("query",),
-        _ALL,
-        paper_formats.best_of_comparisons,
-    ),
-    "summaries": Format(
-        "info with post, summaries with text, choice",
-        _has("info", "summaries", "choice"),
-        paper_formats.parse_summaries,
-        ("info",),
-        _ALL,
-    ),
-    "instruction": Format(
-        "instruction, input, output_1, output_2 and preference, or answers and preference",
-        paper_formats.is_comparison_of_instruction,
-        paper_formats.parse_instruction,
-        ("instruction", "input"),
-        _ALL,
-    ),
-    "post_summary": Format(
-        "post, summary and usually subreddit, title",
-        _has("post", "summary"),
-        paper_formats.parse_post_summary,
-        ("subreddit", "title", "post"),
-        _BOTH,
-    ),
+    **paper_formats.FORMATS,
     "hh": Format(
         "chosen, rejected: transcripts of Human and Assistant",
         _is_transcript_pair,

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.data.readers import json_type
+from rlhf.data.row_format import Format
 from rlhf.data.turns import RowError
 from rlhf.records import Comparison, Demonstration, Prompt, Record
 
@@ -152,3 +153,45 @@ def _pair(prompt: str, responses: Sequence[str], better: int) -> Comparison:
     if chosen == rejected:
         raise RowError("both responses are the same")
     return Comparison(prompt, chosen, rejected)
+
+
+_BOTH, _ALL = (Demonstration, Prompt), (Comparison, Demonstration, Prompt)
+# Recognised before all other formats: their rows have fields that those have too.
+FORMATS: dict[str, Format] = {
+    "query_responses": Format(
+        "query with response0, response1 and choice, or with reference_response",
+        lambda row: "query" in row and ("response0" in row or "reference_response" in row),
+        parse_query_responses,
+        ("query",),
+        _ALL,
+    ),
+    "best_of": Format(
+        "query, sample0, sample1, ... and best, the number of the best one",
+        lambda row: all(name in row for name in ("query", "sample0", "best")),
+        parse_best_of,
+        ("query",),
+        _ALL,
+        best_of_comparisons,
+    ),
+    "summaries": Format(
+        "info with post, summaries with text, choice",
+        lambda row: all(name in row for name in ("info", "summaries", "choice")),
+        parse_summaries,
+        ("info",),
+        _ALL,
+    ),
+    "instruction": Format(
+        "instruction, input, output_1, output_2 and preference, or answers and preference",
+        is_comparison_of_instruction,
+        parse_instruction,
+        ("instruction", "input"),
+        _ALL,
+    ),
+    "post_summary": Format(
+        "post, summary and usually subreddit, title",
+        lambda row: "post" in row and "summary" in row,
+        parse_post_summary,
+        ("subreddit", "title", "post"),
+        _BOTH,
+    ),
+}

@@ -225,7 +225,9 @@ def preflight(config: DataConfig) -> None:
             check_hub(config)
         case PartsData():
             if not config.sources():
-                raise ConfigError("data.type=parts names no source: set data.demonstrations.type=files, say, and its path")
+                raise ConfigError(
+                    "data.type=parts names no source: set data.demonstrations.type=files, say, and its path"
+                )
             for source in config.sources().values():
                 preflight(source)
         case _:

@@ -125,6 +125,8 @@ def launch(
         # A thread that spins while it waits takes the core from the thread it waits for as soon as anything else runs
         # on the machine: small models were seen to take seventy times as long.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Where this process has told W&B something itself, its service is not to outlive or hold up the ranks' own.
+        env.pop("WANDB_SERVICE", None)
         # No order of a set of strings decides anything here; in a library or a reward function of the user's it might.
         env.setdefault("PYTHONHASHSEED", "0")
         if placement.interface is not None:

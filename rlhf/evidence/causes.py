@@ -9,26 +9,35 @@ from rlhf.evidence.facts import Fact, Facts
 _SHOWN = 6
 
 
-def likely_causes(facts: Facts, labels: tuple[str, str], *, seed_counts: bool = True) -> list[str]:
+def likely_causes(facts: Facts, labels: tuple[str, str]) -> list[str]:
     """One line a kind of cause, the likeliest first; empty when nothing that was written down differs.
 
     `labels` name the two sides in the text. What decides results excludes what only decides rounding: a run with
     another learning rate needs no other explanation.
     """
-    strong = [
+    seed = [f"another seed: {describe_facts(facts.seed, labels)}"] if facts.seed else []
+    return [*strong_causes(facts, labels), *seed] or weak_causes(facts, labels)
+
+
+def strong_causes(facts: Facts, labels: tuple[str, str]) -> list[str]:
+    """What decides results, other than the seed."""
+    kinds = [
         ("another experiment", facts.results),
         ("other data", facts.data),
         ("other files or input models", facts.content),
-        *([("another seed", facts.seed)] if seed_counts else []),
     ]
-    weak = [
+    return [f"{name}: {describe_facts(found, labels)}" for name, found in kinds if found]
+
+
+def weak_causes(facts: Facts, labels: tuple[str, str]) -> list[str]:
+    """What need not change anything: code, packages, and the order in which numbers are added."""
+    kinds: list[tuple[str, Sequence[Fact]]] = [
         ("other code", facts.code),
         ("other package versions", facts.packages),
         ("computed otherwise", (*facts.rounding, *facts.compute)),
         ("another machine", facts.hardware),
     ]
-    chosen = [(name, found) for name, found in strong if found] or [(name, found) for name, found in weak if found]
-    return [f"{name}: {describe_facts(found, labels)}" for name, found in chosen]
+    return [f"{name}: {describe_facts(found, labels)}" for name, found in kinds if found]
 
 
 def describe_facts(found: Sequence[Fact], labels: tuple[str, str]) -> str:

@@ -85,8 +85,7 @@ def _without_numbers(difference: Difference) -> str:
                 parts.append(f"{prefix}{stage.name} step {stage.steps.unmatched[0]} was logged by one alone")
         if one.samples is not None:
             parts.append(f"{prefix}samples.jsonl from line {one.samples[0]} on ({one.samples[1]})")
-    kind = "equal to rounding" if difference.verdict == "rounding" else "different"
-    return f"{kind}, the common numbers are identical: {'; '.join(parts)}"
+    return f"different, although the common numbers are identical: {'; '.join(parts)}"
 
 
 def render(difference: Difference) -> Iterator[str]:

@@ -32,11 +32,11 @@ class StageDifference:
 
     @property
     def verdict(self) -> Verdict:
-        """By the numbers; outputs whose bits differ are at least rounding."""
+        """By the numbers alone; `outputs` says whether the files are equal too."""
         parts = [part for part in (self.steps.first, self.steps.beyond) if part is not None] + list(self.results)
         if self.steps.unmatched or any(not is_rounding(part) for part in parts):
             return "different"
-        return "rounding" if parts or not all(self.outputs.values()) else "identical"
+        return "rounding" if parts else "identical"
 
     @property
     def first(self) -> Divergence | None:
@@ -77,10 +77,15 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of all parts. What one run alone has is a difference, unless that one ended early."""
+        """The worst of all parts. What one run alone has is a difference, unless the other one ended early.
+
+        Outputs and samples that differ beside numbers that differ by rounding differ as these do; beside equal numbers
+        nothing makes their difference small.
+        """
         parts = [stage.verdict for stage in self.stages] + [arm.verdict for arm in self.arms.values()]
-        if self.samples is not None:
-            parts.append("rounding" if all(part != "different" for part in parts) and parts else "different")
+        files_differ = self.samples is not None or not all(all(stage.outputs.values()) for stage in self.stages)
+        if files_differ and all(part == "identical" for part in parts):
+            parts.append("different")
         if (self.only_first and not _ended_early(self.second)) or (self.only_second and not _ended_early(self.first)):
             parts.append("different")
         return max(parts, key=_ORDER.__getitem__, default="identical")

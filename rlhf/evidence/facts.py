@@ -17,8 +17,8 @@ from rlhf.evidence.record import RunRecord, StageRecord
 # same experiment. `nothing`: where a run lives, what is kept of it, and sections of stages that did not run.
 Kind = Literal["results", "rounding", "seed", "nothing"]
 
-_ROUNDING_SECTIONS = ("zero", "determinism")
-_ROUNDING_DISTRIBUTED = ("num_processes", "num_nodes", "device", "num_threads")
+_ROUNDING_SECTIONS = ("zero",)
+_ROUNDING_DISTRIBUTED = ("num_processes", "num_nodes", "device", "num_threads", "determinism")
 # What the keys that leave it to the machine amounted to is written down with each stage, and compared there.
 _MEASURED = ("distributed.num_threads", "distributed.device", "distributed.num_processes", "distributed.num_nodes")
 _ROUNDING_NAMES = ("micro_batch_size", "gradient_checkpointing", "rollout_batch_size", "logprob_chunk_tokens")
@@ -35,6 +35,7 @@ _FILE_HASHES = {
     ("best_of_n", "section", "rewards"): "best_of_n.rewards",
     ("collect", "section", "rewards"): "preferences.annotator",
     ("active_selection", "section", "rewards"): "preferences.annotator",
+    ("evaluate", "section", "judge"): "evaluate.judge",
 }
 
 
@@ -162,7 +163,7 @@ def _content(first: RunRecord, second: RunRecord, own: frozenset[str], keys: set
         for path, called in _FILE_HASHES.items():
             values = [_at(stage.decided_by, path[1:]) for stage in (ours, theirs)]
             explained = any(key == called or key.startswith(f"{called}.") for key in keys)
-            if path[0] == name and values[0] != values[1] and not explained:
+            if path[0] == name and None not in values and values[0] != values[1] and not explained:
                 yield Fact(f"what {called} does", *values)
         files = [flatten(_at(stage.decided_by, ("section", "files")) or {}) for stage in (ours, theirs)]
         for key in sorted(files[0].keys() | files[1].keys()):
@@ -170,7 +171,7 @@ def _content(first: RunRecord, second: RunRecord, own: frozenset[str], keys: set
                 yield Fact(f"the file preferences.{'.'.join(key)}", files[0].get(key), files[1].get(key))
         for part, called in (("chat_template", "the chat template"), ("version", f"the code of stage {name}, version")):
             values = [stage.decided_by.get(part) for stage in (ours, theirs)]
-            if values[0] != values[1]:
+            if part in ours.decided_by.keys() & theirs.decided_by.keys() and values[0] != values[1]:
                 yield Fact(called, *values)
         yield from _inputs(ours, theirs, own)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,12 @@ def without_perf(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def full_config(config: Any) -> dict[str, Any]:
     """The values by dotted key; a key that the config is older than has the default it has today."""
-    if not isinstance(config, dict):
-        return {}
+    return dict(_full_config(json.dumps(config))) if isinstance(config, dict) else {}
+
+
+@cache
+def _full_config(text: str) -> dict[str, Any]:
+    config = json.loads(text)
     # Where a key of it is no longer known its own values are compared as they are.
     with suppress(ConfigError):
         config = plain_values(config_from_values(config, "manifest.json"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.evidence.causes import describe_facts, likely_causes
+from rlhf.evidence.causes import describe_facts, strong_causes, weak_causes
 from rlhf.evidence.difference import Difference
 
 LABELS = ("", "recorded")
@@ -48,8 +48,8 @@ def explain_failure(difference: Difference, seeds: tuple[int, ...], remarks: lis
     facts = difference.facts
     run, record = difference.first, difference.second
     same_seed = run.seed == record.seed
-    lines = [f"likely cause: {cause}" for cause in likely_causes(facts, LABELS, seed_counts=False)]
-    lines += [f"likely cause: {remark}" for remark in remarks if "too tight" in remark]
+    causes = strong_causes(facts, LABELS) + [remark for remark in remarks if "too tight" in remark]
+    lines = [f"likely cause: {cause}" for cause in causes or weak_causes(facts, LABELS)]
     if run.seed is not None and run.seed not in seeds:
         lines.append(
             f"{'note' if lines else 'likely cause'}: seed {run.seed} is none of the recorded seeds "

@@ -182,7 +182,7 @@ def _run_steps(config: RLHFConfig, folder: Path, proof: Proof) -> None:
     """Runs the config on the stand-ins; a line for each stage."""
     run = RunFolder(folder / "run")
     path = folder / "proof.yaml"
-    path.write_text(config_to_yaml(config), encoding="utf-8")
+    path.write_text(f"# @package _global_\n{config_to_yaml(config)}", encoding="utf-8")
     log = folder / "output.txt"
     # One process works on all stages, as a rank of another launcher does: what is imported is imported once.
     alone = any(stage in STUDIES_OF_RUNS for stage in config.stages)

@@ -1,4 +1,4 @@
-"""The configs of models that papers name, so that a proof needs neither the hub nor weights: sizes of their model cards.
+"""The configs of models that papers name, by the sizes of their model cards: a proof needs neither hub nor weights.
 
 A model that is not known here is read from its folder or the hub; where neither has it, it is taken to be like
 `model.path`.

@@ -7,7 +7,9 @@ from typing import Any
 
 from rlhf.config import RLHFConfig, config_from_values
 from rlhf.config.provenance import flatten
+from rlhf.config.run import RunConfig
 from rlhf.config.serialize import plain_values
+from rlhf.errors import ConfigError
 
 STEPS, EXAMPLES, RESPONSES, TOKENS = 2, 4, 8, 64
 # Stages that collect and sample, by the key of their settings of sampling.
@@ -18,18 +20,31 @@ _SAMPLINGS = (
     ("reward_model", "normalization", "sampling"),
 )
 
+# Sections that say where a run is written down and started, which its numbers do not depend on.
+_SILENT = ("tracking", "launcher", "run", "preferences")
+
 
 def scaled(config: RLHFConfig) -> RLHFConfig:
-    """The config with few steps, small batches and short responses, on one CPU process, without tracking."""
+    """The config with few steps, small batches and short responses, on one CPU process, without tracking.
+
+    Nothing outside the proof's folder is written: no store of labels, no cache. Raises `ConfigError` where people label.
+    """
+    if "collect" in config.stages and config.preferences.asks_people:
+        raise ConfigError(
+            "stage collect asks people (preferences.annotator), whom a proof cannot wait for. Prove it with another "
+            "annotator, such as 'preferences.annotator={type: rule, reward: {type: length}}'"
+        )
     values = config.model_dump(mode="json")
+    values["run"] = RunConfig().model_dump(mode="json")
+    values["preferences"] |= {"store": None, "wait": False}
     for stage in ("sft", "reward_model", "dpo"):
         section = values[stage]
         section["batch_size"] = min(section["batch_size"], EXAMPLES)
         # Gradients are accumulated where they are in the config.
         accumulates = section["micro_batch_size"] is not None
         section["micro_batch_size"] = max(1, section["batch_size"] // 2) if accumulates else None
-        section |= {"max_steps": STEPS, "warmup_steps": min(section["warmup_steps"], 1), "log_every": 1}
-        section["save_every"] = STEPS
+        section["max_steps"] = min(section["max_steps"] or STEPS, STEPS)
+        section |= {"warmup_steps": min(section["warmup_steps"], 1), "log_every": 1, "save_every": STEPS}
     _scale_reward_model(values["reward_model"])
     values["dpo"]["num_comparisons"] = None
     _scale_ppo(values["ppo"])
@@ -58,7 +73,7 @@ def _scale_ppo(section: dict[str, Any]) -> None:
     section["rollout_batch_size"] = RESPONSES
     section["critic_warmup_updates"] = min(section["critic_warmup_updates"], 1)
     section["warmup_updates"] = min(section["warmup_updates"], 1)
-    section["num_updates"] = STEPS + section["critic_warmup_updates"]
+    section["num_updates"] = min(section["num_updates"], STEPS + section["critic_warmup_updates"])
     section["ptx_batch_size"] = min(section["ptx_batch_size"], EXAMPLES)
     _shorten(section)
     section |= {"self_test": False, "guards": "warn", "save_every": STEPS, "exact_kl_rows": 1}
@@ -97,7 +112,7 @@ def changes(before: RLHFConfig, after: RLHFConfig) -> list[str]:
     found = []
     for key in old.keys() | new.keys():
         first, second = old.get(key), new.get(key)
-        if first != second and key[0] not in unused and key[0] not in ("tracking", "launcher"):
+        if first != second and key[0] not in unused and key[0] not in _SILENT:
             found.append(f"{'.'.join(key)}: {_shown(first)} -> {_shown(second)}")
     return sorted(found)
 

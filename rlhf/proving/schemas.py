@@ -92,7 +92,8 @@ def _hh(number: int) -> Row:
 
 def _review(number: int) -> Row:
     tone = _GOOD if number % 2 else _BAD
-    return {"text": f"I saw it because {sentence(number)} It is {tone[number % 3]}.", "label": number % 2}
+    # Texts that open alike would be left out.
+    return {"text": f"Day {number}: {sentence(number)} I saw {tone[number % 3]}.", "label": number % 2}
 
 
 def _best_of(number: int) -> Row:

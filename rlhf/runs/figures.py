@@ -18,21 +18,31 @@ LEGEND_ROW = 18
 TITLE_HEIGHT = 30
 # Okabe and Ito (2008): told apart also by readers with colour-vision deficiency.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
-STYLE = """
+LIGHT_STYLE = """
 text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:#24292f}
 .title{font-weight:600;font-size:14px}.panel{font-weight:600}.tick{font-size:11px;fill:#57606a}
 .grid{stroke:#d0d7de;stroke-width:.6}.axis{stroke:#57606a;stroke-width:1}
 .line{fill:none;stroke-width:1.8;stroke-linejoin:round}.band{opacity:.16;stroke:none}
+"""
+DARK_STYLE = """\
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.tick{fill:#9da7b3}.grid{stroke:#30363d}.axis{stroke:#9da7b3}
 .band{opacity:.24}}
 """
+STYLE = LIGHT_STYLE + DARK_STYLE
 
 
-def draw(figure: Figure, *, standalone: bool = True, colors: Mapping[str, str] | None = None) -> str:
+def draw(
+    figure: Figure,
+    *,
+    standalone: bool = True,
+    colors: Mapping[str, str] | None = None,
+    background: str | None = None,
+) -> str:
     """The figure as SVG text. Points that are not finite are left out; a panel without points says so.
 
     Standing alone it brings its style along; the report has it. With `colors`, one for each group, several figures
-    share a legend that stands elsewhere: the panels alone are drawn.
+    share a legend that stands elsewhere: the panels alone are drawn. On a `background` (a colour) of its own the
+    figure is a light one always.
     """
     width = PANEL_WIDTH * len(figure.panels)
     title, top = "", 0
@@ -47,10 +57,12 @@ def draw(figure: Figure, *, standalone: bool = True, colors: Mapping[str, str] |
         f'<g transform="translate({index * PANEL_WIDTH},{top})">{_panel(panel, colors)}</g>'
         for index, panel in enumerate(figure.panels)
     )
+    ground = "" if background is None else f'<rect width="{width}" height="{height}" fill="{escape(background)}"/>'
+    style = STYLE if background is None else LIGHT_STYLE
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-        f' role="img" aria-label="{escape(figure.title)}">{f"<style>{STYLE}</style>" if standalone else ""}'
-        f"{title}{panels}</svg>\n"
+        f' role="img" aria-label="{escape(figure.title)}">{f"<style>{style}</style>" if standalone else ""}'
+        f"{ground}{title}{panels}</svg>\n"
     )
 
 

@@ -3,7 +3,9 @@
     schema, status, exit_status, started, ended, seconds
     command, config, config_hash, seed
     code {commit, diff_hash}, packages {name: version}, hardware {platform, cpu, cores, memory_bytes, gpus}
-    stages {name: {status, seconds, fingerprint, inputs {name: hash}, outputs {name: hash}, metrics, peak_memory_bytes}}
+    data {hash, content}       the data with its settings, as fingerprints have it; the content alone
+    stages {name: {status, seconds, fingerprint, inputs {name: path}, input_hashes {name: hash}, outputs {name: hash},
+                   compute {device, precision, num_threads, ...}, summary, peak_memory_bytes}}
     attempts [{started, ended, seconds, command, outcome, exit_status, code}]      one for each start, oldest first
 
 Times are UTC. An attempt that was killed cannot say so itself: the next start finds it still "running" and writes

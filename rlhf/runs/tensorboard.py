@@ -45,7 +45,8 @@ class TensorBoardSink:
 
         self.path = path
         self.stage = stage
-        self._events, self._summaries = event_pb2, summary_pb2
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
         self._text_metadata = create_summary_metadata(display_name=None, description="")
         self._text_tensor = lambda text: tensor_pb2.TensorProto(
             dtype=types_pb2.DT_STRING,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf.statistics.intervals import Interval
+from rlhf.statistics.intervals import Interval, wilson
 
 Array = NDArray[np.float64]
 # A weak normal prior (variance 1 / RIDGE) on both parameters: a side that always wins, or always when it is longer,
@@ -20,7 +21,7 @@ _STEPS = 60
 class LengthControlled:
     """The length-controlled win rate with its interval, and the log-odds that a longer response earns.
 
-    `length_effect` is the coefficient of tanh(length difference / its standard deviation).
+    `length_effect` is the coefficient of tanh(length difference / its standard deviation); NaN where one side won all.
     """
 
     win_rate: Interval
@@ -42,7 +43,7 @@ def length_controlled_win_rate(
     own length less the other's. A logistic regression logit P(win) = theta + phi tanh(difference / its standard
     deviation) is fitted, and the result is sigmoid(theta): the win rate at equal lengths. The paper's term for the
     difficulty of each instruction is left out: it is estimated from the responses of many models. The interval is the
-    percentile bootstrap over `groups` (the prompts, by number), or over rows. Raises `ValueError` for other shapes,
+    percentile bootstrap over `groups` (the prompts, by number), or over rows; of a side that won all it is Wilson's. Raises `ValueError` for other shapes,
     wins outside [0, 1], or numbers that are not finite.
     """
     target, lengths = np.asarray(wins, dtype=np.float64), np.asarray(length_differences, dtype=np.float64)
@@ -50,12 +51,15 @@ def length_controlled_win_rate(
         raise ValueError(f"length control needs a length difference for each win; got {target.shape}, {lengths.shape}")
     if not (np.isfinite(lengths).all() and (target >= 0).all() and (target <= 1).all()):
         raise ValueError("length control needs wins in [0, 1] and finite length differences")
+    numbers = np.arange(target.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    num_groups = int(numbers.max()) + 1
+    if target.min() == target.max() and target[0] in (0.0, 1.0):
+        # No length tells anything of who wins.
+        return LengthControlled(wilson(target[0] * num_groups, num_groups, confidence=confidence), math.nan)
     deviation = float(lengths.std())
     terms = np.tanh(lengths / deviation) if deviation > 0 else np.zeros_like(lengths)
-    numbers = np.arange(target.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     fitted = _fit(target, terms, np.ones((1, target.size)))
     generator = np.random.Generator(np.random.PCG64(seed))
-    num_groups = int(numbers.max()) + 1
     counts = generator.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=num_resamples)
     draws = _sigmoid(_fit(target, terms, counts[:, numbers].astype(np.float64))[:, 0])
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])

@@ -174,6 +174,7 @@ class Agent:
         again = f" (attempt {trial.attempt})" if trial.attempt > 1 else ""
         say(f"trial {trial.number}{again}: {shown}")
         process: TrialProcess | None = None
+        outcome: Outcome | None = None
         started = time.monotonic()
         try:
             process = self._start(trial, values)
@@ -186,8 +187,11 @@ class Agent:
             if process is not None:
                 process.stop()
                 process.clean()
-            reason = str(error) if isinstance(error, Stopped | UserError) else type(error).__name__
-            self._settle(trial, Outcome(released=reason or "stopped", seconds=time.monotonic() - started))
+            if outcome is None:
+                reason = str(error) if isinstance(error, Stopped | UserError) else type(error).__name__
+                outcome = Outcome(released=reason or "stopped")
+            outcome.seconds = time.monotonic() - started
+            self._settle(trial, outcome)
             raise
         outcome.seconds = time.monotonic() - started
         self._settle(trial, outcome)

@@ -23,6 +23,7 @@ STYLE = """
 .parallel path{fill:none;stroke-width:1.8;opacity:.75}.parallel path:hover{stroke-width:4;opacity:1}
 .parallel .best{stroke-width:4;opacity:1}.parallel line{stroke:var(--dim)}.shares{display:grid;
 grid-template-columns:auto 1fr auto;gap:6px 12px;align-items:center;padding:12px 16px;margin:0}
+.study.history svg{max-width:640px}
 .shares i{display:block;height:12px;border-radius:3px;background:var(--s0)}
 """
 
@@ -179,7 +180,7 @@ def _history(status: Status) -> str:
             ),
         ),
     )
-    return f'<h2>History</h2><div class="study">{figures.draw(figure, standalone=False)}</div>'
+    return f'<h2>History</h2><div class="study history">{figures.draw(figure, standalone=False)}</div>'
 
 
 def _settings(status: Status) -> str:

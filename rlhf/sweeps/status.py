@@ -176,11 +176,10 @@ def describe(status: Status) -> list[str]:
     """The table for a terminal."""
     size = "" if status.num_settings is None else f" of {status.num_settings * status.num_seeds}"
     cap = "" if status.run_cap is None else f" (at most {status.run_cap})"
+    aim = f", {status.goal} {status.metric}" if status.metric else ""
     counts = ", ".join(f"{count} {name}" for name, count in status.counts.items() if count)
     lines = [
-        f"sweep {status.name}: {status.method}, {status.goal} {status.metric}"
-        if status.metric
-        else f"sweep {status.name}",
+        f"sweep {status.name}: {status.method}{aim}",
         f"trials: {sum(status.counts.values())}{size}{cap}: {counts or 'none yet'}; {duration(status.seconds)} of work",
     ]
     best = [one for one in status.settings if one.state == "finished" and one.mean is not None]

@@ -96,7 +96,7 @@ def test_a_changed_key_runs_again_what_depends_on_it_and_nothing_else(finished: 
 
 def test_the_notebook_reads_a_run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUN", str(finished))
-    notebook = json.loads((ROOT / "notebooks/read_a_run.ipynb").read_text())
+    notebook = json.loads((ROOT / "notebooks/quickstart.ipynb").read_text())
     names: dict[str, Any] = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":

@@ -14,12 +14,15 @@ from rlhf.runs.files import write_json, write_text
 from rlhf.runs.folder import RunFolder, StageResult
 
 FINGERPRINT = "f" * 64
+REWARD = "9" * 64
+# Without a reward model.
+CHOSEN = ("stages=[sft,ppo]", "ppo.rewards={gold: {type: gold}}", "ppo.value_init=policy")
 
 
 @cache
 def config_of(*arguments: str) -> RLHFConfig:
     """The smoke experiment, whose stages here are sft and ppo, changed by the arguments."""
-    return load_config(["experiment=smoke", "stages=[sft,ppo]", *arguments]).config
+    return load_config(["experiment=smoke", *CHOSEN, *arguments]).config
 
 
 def ppo_rows(scores: Iterable[float | None], **more: float) -> list[dict[str, Any]]:
@@ -49,7 +52,8 @@ def write_run(
     for stage, found in rows.items():
         lines += [{"stage": stage, "step": number, **row} for number, row in enumerate(found, start=1)]
         folder = run.stage(stage)
-        folder.begin(FINGERPRINT, (decided_by or {}).get(stage, {"section": {}, "inputs": {}}))
+        section = {"rewards": REWARD} if stage == "ppo" else {}
+        folder.begin(FINGERPRINT, (decided_by or {}).get(stage, {"section": section, "inputs": {}}))
         made = dict((outputs or {}).get(stage, {"model": stage[0] * 64}))
         finished = stage not in unfinished
         if finished:

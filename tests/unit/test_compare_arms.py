@@ -111,7 +111,9 @@ def test_mappings_are_merged_and_another_type_replaces(run: RunFolder) -> None:
     )
     assert set(own(config, run, "seed-1/a").ppo.rewards) == {"proxy", "gold"}
     second = own(config, run, "seed-1/b")
-    assert second.reward_model.loss.type == "kwise"
+    loss = second.reward_model.loss
+    assert loss.type == "kwise"
+    assert not loss.use_margin  # what was set of the other type went with it
     annotator = second.preferences.annotator
     assert annotator.type == "simulated"
     assert (annotator.temperature, annotator.flip_share) == (0.5, 0.25)

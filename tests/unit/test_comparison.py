@@ -251,6 +251,14 @@ def test_seeds_that_are_not_shared_are_not_paired(tmp_path: Path) -> None:
     assert "their runs are not paired" in page
 
 
+def test_who_always_wins_has_an_interval(tmp_path: Path) -> None:
+    (rate,) = compared(*make_methods(tmp_path, effect=50.0)).win_rates
+    assert rate.rate.value == 0.0
+    assert rate.rate.high == pytest.approx(
+        scipy.stats.norm.ppf(0.975) ** 2 / (NUM_PROMPTS + scipy.stats.norm.ppf(0.975) ** 2)
+    )
+
+
 def test_one_seed_is_said_to_be_one(tmp_path: Path) -> None:
     comparison = compared(*make_methods(tmp_path, num_seeds=1))
     assert "seeds were not varied" in comparison.notes[0]
@@ -328,9 +336,9 @@ def test_curves_of_other_steps_meet_where_all_are() -> None:
 def test_the_page_is_whole_and_inert(tmp_path: Path) -> None:
     attack = "</script><script>window.attacked=1</script><img src=x onerror=window.attacked=1>"
     paths = make_methods(tmp_path, num_seeds=2)
-    for number, text in enumerate([attack, *ATTACKS[:3]]):
+    for number, text in enumerate([attack, "".join(ATTACKS)]):
         config = {"ppo": {"note": text}, "experiment": text}
-        paths.append(make_run(tmp_path / f"bad{number}", seed=1, text=text, config=config).path)
+        paths.append(make_run(tmp_path / f"bad{number}", seed=1, text=text, config=config, num_prompts=10).path)
     grouping = grouped(*paths)
     text = render_comparison(grouping, compare(grouping.methods), 0.95)
     page = Page(text)

@@ -100,7 +100,7 @@ def experiment(text: str, name: str = "mine.yaml") -> str:
         ("sft=None", "is a section: set sft.NAME=VALUE"),
         ("sft=[1]", "is a section"),
         ("ppo={'sampling': {}", "is a section"),
-        ("evaluate.judge=gold", "evaluate.judge.type=gold (or classifier, reward_model)"),
+        ("evaluate.judge=gold", "evaluate.judge.type=gold (or classifier, reward_model, language_model)"),
         ("collect={'sampling': 3}", "collect.sampling = 3"),
         # missing values, variants, validators
         ("model=local", "add model.path=FOLDER"),

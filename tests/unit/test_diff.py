@@ -125,15 +125,20 @@ def test_a_run_that_goes_on_is_compared_as_far_as_it_is(tmp_path: Path) -> None:
 
 def test_outputs_results_and_samples(tmp_path: Path) -> None:
     outputs = two(tmp_path / "o", {}, {"outputs": {"ppo": {"model": "0" * 64}}})
-    assert outputs.verdict == "rounding"
-    assert headline(outputs) == ("equal to rounding, the common numbers are identical: the output model of stage ppo")
+    assert outputs.verdict == "different"
+    assert headline(outputs) == ("different, although the common numbers are identical: the output model of stage ppo")
+    assert any("ppo: identical, 3 lines; outputs: model differs" in line for line in render(outputs))
+    # Numbers that differ by rounding explain weights that do.
+    rows = {"sft": [{"sft/loss": 2.0}, {"sft/loss": 1.0}], "ppo": ppo_rows([0.5, 0.6, 0.7000001])}
+    both = two(tmp_path / "b", {}, {"rows": rows, "outputs": {"ppo": {"model": "0" * 64}}, "samples": [{"step": 1}]})
+    assert both.verdict == "rounding"
     results = two(tmp_path / "r", {}, {"summaries": {"ppo": {"final": 2.0}}})
     assert headline(results) == "diverging at ppo result: final 1 against 2 (relative 0.5)"
     samples = two(
         tmp_path / "s", {"samples": [{"stage": "ppo", "step": 1}]}, {"samples": [{"stage": "ppo", "step": 2}]}
     )
     assert samples.samples == (1, "ppo step 1")
-    assert samples.verdict == "different" or samples.verdict == "rounding"
+    assert samples.verdict == "different"
     assert "samples.jsonl from line 1 on (ppo step 1)" in headline(samples)
 
 

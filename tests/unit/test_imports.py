@@ -85,6 +85,7 @@ HEAVY = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "dat
 LIGHT = ["rlhf.config", "rlhf.cli", "rlhf.pipeline", "rlhf.supervisor", "rlhf.worker", "rlhf.data", "rlhf.errors"]
 LIGHT += [
     "rlhf.doctor",
+    "rlhf.evidence.replay",
     "rlhf.evidence.verify",
     "rlhf.records",
     "rlhf.distributed.launch",
@@ -98,6 +99,8 @@ LIGHT += [
     "rlhf.preferences.waiting",
     "rlhf.preferences.command",
     "rlhf.preferences.exchange",
+    "rlhf.sweeps.command_line",
+    "rlhf.sweeps.page",
 ]
 
 

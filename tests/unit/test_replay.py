@@ -10,13 +10,21 @@ from typing import Any
 
 import pytest
 
+from rlhf import data
 from rlhf.config import RLHFConfig
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.evidence import replay
 from rlhf.evidence.record import read_record
 from rlhf.evidence.replay import default_folder, parse_options, replay_config, run_replay
+from rlhf.rewards.checks import content_hash
 from rlhf.runs import machine
-from tests.unit.evidence_example import ppo_rows, write_run
+from tests.unit.evidence_example import config_of, ppo_rows, write_run
+
+# What the example would write down here.
+AS_HERE: dict[str, Any] = {
+    "data": {"hash": "", "content": data.data_content(config_of().data)},
+    "decided_by": {"ppo": {"section": {"rewards": content_hash(config_of().ppo.rewards)}, "inputs": {}}},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +38,7 @@ def _as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
-    from rlhf import data
-    from tests.unit.evidence_example import config_of
-
-    content = data.data_content(config_of().data)
-    return write_run(tmp_path / "run", data={"hash": "", "content": content})
+    return write_run(tmp_path / "run", **AS_HERE)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, code: int = 0, **run: Any) -> list[RLHFConfig]:
@@ -45,7 +49,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, code: int = 0, **run: Any) -> list
         started.append(config)
         assert config.run.dir is not None
         if code == 0:
-            write_run(Path(config.run.dir), **run)
+            write_run(Path(config.run.dir), **{**AS_HERE, **run})
         return code
 
     monkeypatch.setattr("rlhf.supervisor.supervise", supervise)
@@ -55,7 +59,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, code: int = 0, **run: Any) -> list
 def test_an_identical_replay_is_said_and_removed(
     original: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started = stand_in(monkeypatch, data=json.loads((original / "manifest.json").read_text())["data"])
+    started = stand_in(monkeypatch)
     folder = original.with_name("run-replay")
     assert run_replay([str(original)], debug=False) == 0
     said = capsys.readouterr().out
@@ -149,7 +153,7 @@ def test_an_interrupted_run_is_compared_as_far_as_it_came(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {"sft": [{"sft/loss": 2.0}, {"sft/loss": 1.0}], "ppo": ppo_rows([0.5])}
-    run = write_run(tmp_path / "run", rows=rows, unfinished=["ppo"])
+    run = write_run(tmp_path / "run", rows=rows, unfinished=["ppo"], **AS_HERE)
     stand_in(monkeypatch)
     assert run_replay([str(run)], debug=False) == 0
     assert "identical as far as both have come: 2 stages, 3 lines" in capsys.readouterr().out

@@ -45,7 +45,7 @@ def config(smoke: dict[str, Any], tmp_path: Path) -> RLHFConfig:
 @pytest.fixture(autouse=True)
 def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking git costs more than all the rest."""
-    monkeypatch.setattr(manifest.machine, "code_state", dict)
+    monkeypatch.setattr("rlhf.runs.machine.code_state", dict)
 
 
 def _changed(values: Mapping[str, Any], **sections: Any) -> RLHFConfig:
@@ -243,10 +243,10 @@ def test_what_decides_rounding_and_lines_tells_entries_apart(
         entry("sft"),
     ]
     assert len({same, *others}) == len(others) + 1
-    monkeypatch.setattr(cached_stages.machine, "package_versions", lambda: {"torch": "another", "wandb": "1"})
+    monkeypatch.setattr("rlhf.runs.machine.package_versions", lambda: {"torch": "another", "wandb": "1"})
     other_torch = entry()
     assert other_torch != same
-    monkeypatch.setattr(cached_stages.machine, "package_versions", lambda: {"torch": "another", "wandb": "2"})
+    monkeypatch.setattr("rlhf.runs.machine.package_versions", lambda: {"torch": "another", "wandb": "2"})
     assert entry() == other_torch
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert entry() != other_torch
@@ -301,7 +301,7 @@ def test_a_cache_that_cannot_be_written_fails_nothing(
     assert not list(entry.parent.glob(".*"))
     # No lease either: the stage is computed without.
     with monkeypatch.context() as patched:
-        patched.setattr(cached_stages.Lease, "acquire", full)
+        patched.setattr(Lease, "acquire", full)
         run = _run(tmp_path / "second")
         with cached_stage(config, run, _plan(), 1, before_waiting=lambda: None) as cached:
             assert not cached.taken
@@ -381,7 +381,12 @@ def test_trackers_get_the_numbers_of_a_taken_stage(
 
     _publish(config, tmp_path / "first")
     starts: list[Any] = []
-    monkeypatch.setattr(tracking, "SINKS", {"own": lambda start: starts.append(start) or Sink()})
+
+    def open_sink(start: Any) -> Sink:
+        starts.append(start)
+        return Sink()
+
+    monkeypatch.setattr(tracking, "SINKS", {"own": open_sink})
     plan_or_take(config, _run(tmp_path / "second"), _plan(), 1)
     assert [(start.stage, start.lines_before, start.lines, start.resume_step) for start in starts] == [("sft", 1, 1, 0)]
     assert heard == [
@@ -438,8 +443,11 @@ def test_a_stop_while_waiting_leaves_the_other_one_alone(
 
     run = _run(tmp_path / "a")
     with cached_stage(config, run, _plan(), 1, before_waiting=lambda: None) as cached:
-        monkeypatch.setattr(cached_stages.time, "sleep", stop)
-        with pytest.raises(Stopped), cached_stage(config, _run(tmp_path / "b"), _plan(), 1, before_waiting=list):
+        monkeypatch.setattr(time, "sleep", stop)
+        with (
+            pytest.raises(Stopped),
+            cached_stage(config, _run(tmp_path / "b"), _plan(), 1, before_waiting=lambda: None),
+        ):
             pytest.fail("it is being computed")
         monkeypatch.undo()
         _compute(run, _plan())

@@ -96,7 +96,7 @@ def test_intervals_cover(num_seeds: int, seeds: float, prompts: float, rest: flo
     for number in range(200):
         shared = generator.normal(0, prompts, 40)
         found = statistics.hierarchical_difference(
-            0.5 + shared + scores(), scores(), paired_seeds=paired, num_resamples=200, seed=number
+            0.5 + shared + scores(), scores(), paired_seeds=paired, num_resamples=10, seed=number
         )
         covered += found.low <= 0.5 <= found.high
     # 95 % of 200 is 190, its standard deviation 3.1; the residual's estimate makes some intervals wider than need be.
@@ -200,6 +200,10 @@ def test_length_control_takes_length_out() -> None:
         np.repeat(wins, 2), np.zeros(200), groups=np.repeat(np.arange(100), 2)
     )
     assert doubled.win_rate.high - doubled.win_rate.low == pytest.approx(same.win_rate.high - same.win_rate.low, 0.1)
+    # Who always wins need not always win on other prompts.
+    whole = statistics.length_controlled_win_rate(np.ones(100), differences)
+    assert whole.win_rate == statistics.wilson(100, 100)
+    assert math.isnan(whole.length_effect)
     with pytest.raises(ValueError, match="wins in"):
         statistics.length_controlled_win_rate([1.2], [0.0])
     with pytest.raises(ValueError, match="for each win"):

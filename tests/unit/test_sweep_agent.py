@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from rlhf.sweeps.agent import Agent
 from rlhf.sweeps.folder import Sweep
 from rlhf.sweeps.process import TrialProcess
+from rlhf.sweeps.space import Condition, space_of
+from rlhf.sweeps.status import describe, status_of
 from tests.command import command, environment
 from tests.sweep_example import lines_of, make_sweep, values_of
 
@@ -199,6 +202,28 @@ def test_bayes_finds_the_optimum(tmp_path: Path) -> None:
     study = Agent(sweep).search.study
     assert len(study.trials) == 14
     assert study.best_value == pytest.approx(max(one.value or -1e9 for one in sweep.journal.look().settings.values()))
+
+
+def test_bayes_where_parameters_exist_only_sometimes(tmp_path: Path) -> None:
+    text = (
+        "method: bayes\nparameters: {x: {min: 0.0, max: 6.0}, c: {values: [none, lora]}, c.rank: {values: [1, 2, 4]}}\n"
+    )
+    sweep = make_sweep(tmp_path, text)
+    sweep = replace(sweep, space=space_of(sweep.file, {"c.rank": Condition("c", ("lora",))}))
+    _pretend(sweep, 12)
+    settings = values_of(sweep)
+    assert {one["c"] for one in settings} == {"none", "lora"}
+    assert all(("c.rank" in one) == (one["c"] == "lora") for one in settings)
+    # Beyond the 7 random ones the search has learned where x belongs.
+    assert min(abs(one["x"] - 3) for one in settings[7:]) < 1.0
+    assert status_of(sweep).settings[0].values in settings
+
+
+def test_a_sweep_without_a_metric(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "method: grid\nparameters: {x: {values: [1, 2]}}\n", metric=False)
+    assert Agent(sweep).work() == 0
+    assert [one.state for one in sweep.journal.look().settings.values()] == ["finished"] * 2
+    assert describe(status_of(sweep))[0] == "sweep sweep: grid"
 
 
 @pytest.mark.parametrize(("impute", "value"), [("worst", -4.0), ("best", 0.0), ("latest", -1.0)])

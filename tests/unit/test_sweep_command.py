@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf.errors import ConfigError, UserError
+from rlhf.sweeps import command_line
 from rlhf.sweeps.agent import Agent
 from rlhf.sweeps.command import expand, fixed_arguments, trial_command, trial_environment
 from rlhf.sweeps.command_line import run_agent, run_sweep
@@ -177,6 +178,19 @@ def test_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "<h2>All settings</h2>" in page
     assert "<h2>What matters</h2>" in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_an_agent_of_other_code_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = make_sweep(tmp_path, "method: grid\nparameters: {x: {values: [1, 2]}}\n")
+    monkeypatch.setattr(command_line, "own_code", lambda: "abc")
+    for _ in range(2):
+        assert run_agent([str(sweep.folder.path), "--count=1"]) == 0
+    assert "other code" not in capsys.readouterr().err
+    monkeypatch.setattr(command_line, "own_code", lambda: "def")
+    assert run_agent([str(sweep.folder.path)]) == 0
+    assert "trials of this sweep ran on other code (abc) than this agent's (def)" in capsys.readouterr().err
 
 
 def test_the_page_of_a_sweep_with_failures_and_choices(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from rlhf.cli import _main
 from rlhf.config import load_config
 from rlhf.config.serialize import plain_values
+from rlhf.distributed.launch import launch
 from rlhf.errors import ConfigError
 from rlhf.pipeline import default_run_folder
 from rlhf.runs.folder import RunFolder
@@ -172,22 +173,22 @@ def test_the_order_of_arguments_does_not_matter() -> None:
         "--model=tiny",
         "--model.scratch.hidden_size=64",
         "--model={'scratch': {'num_layers': 3}}",
-        "--preferences.annotator.temperature=0.5",
+        "--preferences.annotator.temperature=0.7",
         "--preferences.annotator=simulated",
     ]
     wanted = plain_values(load_config(arguments).config)
     assert wanted["model"]["scratch"]["hidden_size"] == 64
     assert wanted["model"]["scratch"]["num_layers"] == 3
-    assert wanted["preferences"]["annotator"]["temperature"] == 0.5
+    assert wanted["preferences"]["annotator"]["temperature"] == 0.7
     for order in itertools.islice(itertools.permutations(arguments), 0, None, 179):
         assert plain_values(load_config(list(order)).config) == wanted, order
 
 
 def test_a_removal_means_something_at_its_place() -> None:
     before = ["preferences.annotator.temperature=0.5", "~preferences.annotator", "preferences.annotator=human"]
-    assert load_config(before).config.preferences.annotator.type == "human"  # type: ignore[union-attr]
+    assert load_config(before).config.preferences.annotator.type == "human"
     after = ["preferences.annotator=human", "~preferences.annotator"]
-    assert load_config(after).config.preferences.annotator.type == "simulated"  # type: ignore[union-attr]
+    assert load_config(after).config.preferences.annotator.type == "simulated"
 
 
 @pytest.mark.parametrize(
@@ -309,6 +310,17 @@ def test_a_wrong_key_ends_the_program_before_torch_is_imported(tmp_path: Path) -
     found = subprocess.run([sys.executable, "-c", "import torch"], env=variables, capture_output=True, check=False)
     assert found.returncode == 1
     assert (tmp_path / "imported").exists()
+
+
+def test_ranks_have_a_wandb_service_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the supervisor, which talks to W&B about stages that it has taken from the cache; as W&B's agent."""
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-x")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    tell = "import json, os, sys; json.dump({**os.environ}, open(sys.argv[1], 'w'))"
+    assert launch([sys.executable, "-c", tell, str(tmp_path / "told")], 1, log_folder=tmp_path).exit_code == 0
+    told = json.loads((tmp_path / "told").read_text())
+    assert told["WANDB_RUN_ID"] == "abc123"
+    assert "WANDB_SERVICE" not in told
 
 
 def test_the_keys_that_wandb_has_locked_are_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

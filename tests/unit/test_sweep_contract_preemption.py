@@ -30,7 +30,7 @@ class Sink:
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     monkeypatch.setattr(tracking, "SINKS", {"own": lambda start: Sink(found, start)})
-    monkeypatch.setattr(manifest.machine, "code_state", dict)
+    monkeypatch.setattr("rlhf.runs.machine.code_state", dict)
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
     return found

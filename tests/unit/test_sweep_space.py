@@ -169,7 +169,7 @@ def test_a_choice_of_several_keys_at_once(tmp_path: Path) -> None:
     file = _file(tmp_path, f"{RUN}  peft: {{values: [{{type: none}}, {{type: lora, rank: 4}}]}}\n")
     assert check_sweep(file).grid() == [{"peft": {"type": "none"}}, {"peft": {"type": "lora", "rank": 4}}]
     file = _file(tmp_path, f"{RUN}  peft: {{values: [{{type: lora, rnk: 4}}]}}\n")
-    with pytest.raises(ConfigError, match="did you mean peft.rank"):
+    with pytest.raises(ConfigError, match=r"did you mean peft\.rank"):
         check_sweep(file)
 
 

@@ -93,7 +93,7 @@ def test_off_by_default_and_a_missing_package_is_told_before_anything_runs(
 
 
 def test_markdown_of_samples() -> None:
-    rows = [{"prompt": "a\nb", "score": 1.23456}, {"prompt": None, "kl": [1, 2]}]
+    rows: list[dict[str, Any]] = [{"prompt": "a\nb", "score": 1.23456}, {"prompt": None, "kl": [1, 2]}]
     assert markdown_table(rows).splitlines() == [
         "| prompt | score | kl |",
         "| --- | --- | --- |",

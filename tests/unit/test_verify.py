@@ -14,7 +14,7 @@ from rlhf.evidence.expected import Baseline, read_expected
 from rlhf.evidence.record import read_record
 from rlhf.evidence.recording import METRICS_BYTES, record_baseline
 from rlhf.evidence.verify import judge_run, parse_options, render, run_verify, to_json
-from tests.unit.evidence_example import check, ppo_rows, write_expected_file, write_run
+from tests.unit.evidence_example import CHOSEN, check, ppo_rows, write_expected_file, write_run
 
 BY_HAND = [
     check(range=[0, None]),
@@ -99,9 +99,14 @@ def test_fail_of_another_seed_with_a_too_tight_band(tmp_path: Path, baseline: Ba
     body = json.loads(baseline.path.read_text())
     body["checks"][0] |= {"low": 0.699, "high": 0.721}
     baseline.path.write_text(json.dumps(body))
-    text = text_of(write_run(tmp_path / "run", "seed=4", rows=rows_of(0.73)), read_expected(baseline.path))
+    # Every later run has another commit than the recorded one: that is no cause where a better one is known.
+    commit = {"commit": "b" * 40, "diff_hash": None}
+    path = write_run(tmp_path / "run", "seed=4", rows=rows_of(0.73), code=commit)
+    text = text_of(path, read_expected(baseline.path))
     assert "FAIL  score: 0.73, expected in [0.699, 0.721]" in text
     assert "likely cause: the band is too tight: the recorded values of seeds 1, 2, 3 give [0.595" in text
+    assert "likely cause: other code" not in text
+    assert "code: code commit bbbbbbbbbbbb, recorded aaaaaaaaaaaa" in text
     assert "note: seed 4 is none of the recorded seeds 1, 2, 3" in text
     assert "steps: not compared, the recorded run has seed 1 and this one 4" in text
     assert text.endswith("FAIL: 1 of 6 checks")
@@ -136,7 +141,8 @@ def test_fail_of_a_changed_reward(tmp_path: Path, baseline: Baseline) -> None:
     by_file = write_run(tmp_path / "file", rows=rows_of(0.95), decided_by=decided)
     text = text_of(by_file, baseline)
     assert (
-        f"FAIL  files: the run has other files or input models: what ppo.rewards does {'0' * 12}, recorded none" in text
+        f"FAIL  files: the run has other files or input models: what ppo.rewards does {'0' * 12}, recorded {'9' * 12}"
+        in text
     )
 
 
@@ -213,7 +219,7 @@ def test_the_verb_runs_the_experiment(
 
     monkeypatch.setattr("rlhf.supervisor.supervise", supervise)
     monkeypatch.chdir(tmp_path)
-    chosen = ["experiment=smoke", "stages=[sft,ppo]", "tracking.wandb=disabled"]
+    chosen = ["experiment=smoke", *CHOSEN, "tracking.wandb=disabled"]
     assert run_verify([*chosen, "seeds=[4,5]"], debug=False) == 0
     assert [seed for seed, _ in started] == [4, 5]
     assert started[0][1] == ["rlhf", "run", *chosen, "seed=4"]

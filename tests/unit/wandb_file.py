@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 from collections.abc import Iterator
@@ -14,8 +15,7 @@ _FILE_HEADER = 7
 
 def records(path: Path) -> Iterator[Any]:
     """The protocol buffer messages `Record`, in order."""
-    from wandb.proto import wandb_internal_pb2
-
+    proto = importlib.import_module("wandb.proto.wandb_internal_pb2")
     content, place, parts = path.read_bytes(), _FILE_HEADER, []
     while place + 7 <= len(content):
         left = _BLOCK - place % _BLOCK
@@ -26,7 +26,7 @@ def records(path: Path) -> Iterator[Any]:
         parts.append(content[place + 7 : place + 7 + length])
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            message = wandb_internal_pb2.Record()
+            message = proto.Record()
             message.ParseFromString(b"".join(parts))
             parts = []
             yield message

@@ -294,6 +294,9 @@ def _rate(
         own, other, paired_seeds=num_opponents == 1, confidence=confidence, seed=seed
     )
     rate = Interval(found.value, max(0.0, found.low), min(1.0, found.high))
+    if found.standard_error == 0.0:
+        # Nothing varies where one side always wins, and yet it may lose on another prompt.
+        rate = statistics.wilson(found.value * wins.shape[1], wins.shape[1], confidence=confidence)
     controlled = statistics.length_controlled_win_rate(
         wins.ravel(),
         (lengths[:, :, 0] - lengths[:, :, 1]).ravel(),

@@ -119,9 +119,13 @@ def _explanation(comparison: Comparison) -> str:
         )
     lines.append(
         "<b>p, seeds and prompts</b> asks whether the methods differ on other seeds and other prompts; "
-        "<b>p, prompts</b> (sign flips) whether these trained models differ on other prompts; <b>p, seeds</b> (sign "
-        "flips, or permutations where seeds are not paired) whether the methods differ, each run being one number."
+        "<b>p, prompts</b> (sign flips) whether these trained models differ on other prompts."
     )
+    if any(test.p_seeds is not None for test in tests):
+        lines.append(
+            "<b>p, seeds</b> (sign flips, or permutations where seeds are not paired) asks whether the methods differ, "
+            "each run being one number."
+        )
     smallest = [2 / 2 ** test.num_seeds[0] for test in tests if test.p_seeds is not None and test.paired_seeds]
     if smallest and max(smallest) > tables.SIGNIFICANT:
         lines.append(

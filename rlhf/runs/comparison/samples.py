@@ -31,7 +31,7 @@ def collect_samples(methods: Sequence[Method], *, most_characters: int = MOST_CH
     prompts = {
         name: answered.prompt for method in methods for run in method.runs for name, answered in run.answers.items()
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, (name, prompt) in enumerate(prompts.items()):
         responses = [
             [_response(run.answers[name].own) if name in run.answers else None for run in method.runs]
@@ -41,7 +41,8 @@ def collect_samples(methods: Sequence[Method], *, most_characters: int = MOST_CH
         known = [mean for mean in means if mean is not None]
         gap = max(known) - min(known) if len(known) > 1 else None
         rows.append({"n": number, "prompt": _prompt(prompt), "responses": responses, "means": means, "gap": gap})
-    kept, used = [], 0
+    kept: list[dict[str, Any]] = []
+    used = 0
     for row in sorted(rows, key=lambda row: -math.inf if row["gap"] is None else row["gap"], reverse=True):
         used += len(json.dumps(row))
         if used > most_characters and kept:

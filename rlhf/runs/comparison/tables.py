@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -42,7 +43,7 @@ def swatch(color: str) -> str:
 
 def wrapping(name: str) -> str:
     """A name that may go on in the next line where its words end."""
-    return escape(name).replace("_", "_<wbr>").replace("=", "=<wbr>")
+    return escape(name).replace("=", "=<wbr>")
 
 
 def _named(name: str, colors: Mapping[str, str]) -> str:
@@ -156,7 +157,7 @@ def length_table(comparison: Comparison) -> str:
     lines = [
         f'<tr><th scope="row" class="method">{wrapping(one.first)} against {wrapping(one.second)}</th>'
         f'<td class="n">{_share(one.rate)}</td><td class="n">{_share(one.controlled.win_rate)}</td>'
-        f'<td class="n">{one.controlled.length_effect:+.2f}</td><td class="n">{one.num_prompts:,}</td></tr>'
+        f'<td class="n">{_effect(one.controlled.length_effect)}</td><td class="n">{one.num_prompts:,}</td></tr>'
         for one in pairs
     ]
     heads = ("Win rate", "Length-controlled", "Effect of length", "Prompts")
@@ -167,6 +168,10 @@ def length_table(comparison: Comparison) -> str:
         f'<th scope="col">Methods</th>{shown}',
         lines,
     )
+
+
+def _effect(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:+.2f}"
 
 
 def lengths_table(methods: Sequence[Method]) -> str:
