@@ -16,7 +16,7 @@ BATCH = 64
 def _loaded(model: str) -> tuple[Any, Any, torch.device, int]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = AutoModelForSequenceClassification.from_pretrained(model).to(device).eval()
-    labels = {name.lower(): number for name, number in classifier.config.label2id.items()}
+    labels = {name.lower(): int(number) for number, name in classifier.config.id2label.items()}
     return classifier, AutoTokenizer.from_pretrained(model), device, labels[POSITIVE]
 
 

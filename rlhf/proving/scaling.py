@@ -21,13 +21,13 @@ _SAMPLINGS = (
 )
 
 # Sections that say where a run is written down and started, which its numbers do not depend on.
-_SILENT = ("tracking", "launcher", "run", "preferences")
+_SILENT = {("tracking",), ("launcher",), ("run",), ("preferences", "store"), ("preferences", "wait")}
 
 
 def scaled(config: RLHFConfig) -> RLHFConfig:
     """The config with few steps, small batches and short responses, on one CPU process, without tracking.
 
-    Nothing outside the proof's folder is written: no store of labels, no cache. Raises `ConfigError` where people label.
+    Nothing outside the folder of the proof is written: no store, no cache. Raises `ConfigError` where people label.
     """
     if "collect" in config.stages and config.preferences.asks_people:
         raise ConfigError(
@@ -112,7 +112,7 @@ def changes(before: RLHFConfig, after: RLHFConfig) -> list[str]:
     found = []
     for key in old.keys() | new.keys():
         first, second = old.get(key), new.get(key)
-        if first != second and key[0] not in unused and key[0] not in _SILENT:
+        if first != second and key[0] not in unused and not {key[:1], key[:2]} & _SILENT:
             found.append(f"{'.'.join(key)}: {_shown(first)} -> {_shown(second)}")
     return sorted(found)
 

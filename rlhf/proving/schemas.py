@@ -116,10 +116,11 @@ def _rating(number: int) -> Row:
 
 @dataclass(frozen=True)
 class Schema:
-    """How a data set's rows look, and what its splits are called."""
+    """How a data set's rows look, what its splits are called, and how many rows the first one gets."""
 
     row: Callable[[int], Row]
     splits: tuple[str, ...] = ("train", "validation", "test")
+    num_rows: int = NUM_ROWS
 
 
 _TRAIN_TEST = ("train", "test")
@@ -131,7 +132,8 @@ DATA_SETS: dict[str, Schema] = {
     ),
     "openai/summarize_from_feedback": Schema(_summaries, ("train", "validation")),
     "trl-lib/tldr": Schema(_prompt_completion),
-    "stanfordnlp/imdb": Schema(_review, ("train", "test", "unsupervised")),
+    # A judge gets a share of the training texts, which must be of both kinds.
+    "stanfordnlp/imdb": Schema(_review, ("train", "test", "unsupervised"), 240),
     "Anthropic/hh-rlhf": Schema(_hh, _TRAIN_TEST),
     "tlc4418/1.4b-policy_preference_data_gold_labelled": Schema(_answers, ("train", "validation")),
     "tatsu-lab/alpaca_farm": Schema(_instruction, ("sft", "preference", "unlabeled", "val")),
@@ -169,7 +171,7 @@ def rows_of(schema: Schema) -> dict[str, list[Row]]:
     made: dict[str, list[Row]] = {}
     start = 0
     for place, split in enumerate(schema.splits):
-        number = NUM_ROWS if place == 0 or len(schema.splits) > 3 else NUM_HELD_OUT
+        number = schema.num_rows if place == 0 or len(schema.splits) > 3 else NUM_HELD_OUT
         made[split] = [schema.row(start + index) for index in range(number)]
         start += number
     return made

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rlhf.config import RLHFConfig
 from rlhf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf.config import RLHFConfig
 
 SWEEP_ID = "WANDB_SWEEP_ID"
 RUN_ID = "WANDB_RUN_ID"

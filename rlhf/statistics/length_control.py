@@ -43,8 +43,8 @@ def length_controlled_win_rate(
     own length less the other's. A logistic regression logit P(win) = theta + phi tanh(difference / its standard
     deviation) is fitted, and the result is sigmoid(theta): the win rate at equal lengths. The paper's term for the
     difficulty of each instruction is left out: it is estimated from the responses of many models. The interval is the
-    percentile bootstrap over `groups` (the prompts, by number), or over rows; of a side that won all it is Wilson's. Raises `ValueError` for other shapes,
-    wins outside [0, 1], or numbers that are not finite.
+    percentile bootstrap over `groups` (the prompts, by number), or over rows; where one side won all it is Wilson's.
+    Raises `ValueError` for other shapes, wins outside [0, 1], or numbers that are not finite.
     """
     target, lengths = np.asarray(wins, dtype=np.float64), np.asarray(length_differences, dtype=np.float64)
     if target.shape != lengths.shape or target.ndim != 1 or target.size == 0:
@@ -55,7 +55,7 @@ def length_controlled_win_rate(
     num_groups = int(numbers.max()) + 1
     if target.min() == target.max() and target[0] in (0.0, 1.0):
         # No length tells anything of who wins.
-        return LengthControlled(wilson(target[0] * num_groups, num_groups, confidence=confidence), math.nan)
+        return LengthControlled(wilson(float(target[0]) * num_groups, num_groups, confidence=confidence), math.nan)
     deviation = float(lengths.std())
     terms = np.tanh(lengths / deviation) if deviation > 0 else np.zeros_like(lengths)
     fitted = _fit(target, terms, np.ones((1, target.size)))

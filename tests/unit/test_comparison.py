@@ -251,12 +251,24 @@ def test_seeds_that_are_not_shared_are_not_paired(tmp_path: Path) -> None:
     assert "their runs are not paired" in page
 
 
+def test_opponents_that_differ_widen_a_win_rate(tmp_path: Path) -> None:
+    """One side wins against one opponent and loses to two, on every prompt: another opponent might be either."""
+    scores = {1: 0.0, 2: 0.0, 5: -50.0, 6: 50.0, 7: 50.0}
+    paths = [
+        make_run(tmp_path / str(seed), seed=seed, kl_coefficient=0.1 if seed < 5 else 0.2, score=score).path
+        for seed, score in scores.items()
+    ]
+    (rate,) = compared(*paths).win_rates
+    assert rate.rate.value == pytest.approx(1 / 3)
+    assert (rate.rate.low, rate.rate.high) == (0.0, 1.0)
+
+
 def test_who_always_wins_has_an_interval(tmp_path: Path) -> None:
     (rate,) = compared(*make_methods(tmp_path, effect=50.0)).win_rates
-    assert rate.rate.value == 0.0
-    assert rate.rate.high == pytest.approx(
-        scipy.stats.norm.ppf(0.975) ** 2 / (NUM_PROMPTS + scipy.stats.norm.ppf(0.975) ** 2)
-    )
+    # Wilson's lower end at n of n is n / (n + z^2).
+    square = scipy.stats.norm.ppf(0.975) ** 2
+    assert rate.rate.value == 1.0
+    assert rate.rate.low == pytest.approx(NUM_PROMPTS / (NUM_PROMPTS + square))
 
 
 def test_one_seed_is_said_to_be_one(tmp_path: Path) -> None:

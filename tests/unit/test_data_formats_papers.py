@@ -163,7 +163,7 @@ def test_labelled_texts_come_from_the_hub_as_well(tmp_path: Path) -> None:
     found = data.load_comparisons(config)
     assert all(" film" in pair.chosen or " story" in pair.chosen or "acting" in pair.chosen for pair in found.train)
     # The split `unsupervised` is none of ours.
-    assert len(data.load_demonstrations(config).train) <= 48
+    assert len(data.load_demonstrations(config).train) <= 240
     assert data.data_hash(config) != data.data_hash(config.model_copy(update={"preferred_label": "0"}))
     with pytest.raises(ConfigError, match="not a folder written by save_to_disk"):
         data.preflight(config.model_copy(update={"path": str(tmp_path)}))

@@ -24,6 +24,8 @@ _EVERYTHING = _LIBRARY | {
     "stage_inputs",
     "pipeline",
     "cached_stages",
+    "bookkeeping",
+    "rank_pipeline",
     "worker",
     "supervisor",
     "sbatch",
@@ -65,6 +67,9 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": _EVERYTHING,
     # Stages that runs share.
     "cached_stages": _EVERYTHING,
+    "bookkeeping": _EVERYTHING | {"studies"},
+    # The pipeline in ranks of another launcher.
+    "rank_pipeline": _EVERYTHING,
     # What each stage reads.
     "stage_inputs": _EVERYTHING,
     "worker": _EVERYTHING,

@@ -15,7 +15,7 @@ from rlhf.distributed.memory import Measured
 from rlhf.planning.during_run import StageMemory
 from rlhf.planning.plan import GIB, make_plan
 from rlhf.planning.render import duration, size, verdict
-from rlhf.supervisor import _NOT_IDENTITY
+from rlhf.bookkeeping import NOT_IDENTITY
 from tests.stage_example import one_process
 from tests.unit.test_planning import write_llama
 
@@ -154,7 +154,7 @@ def test_a_folder_without_config_ends_with_two(tmp_path: Path, capsys: pytest.Ca
 
 def test_planner_settings_are_not_the_run() -> None:
     plain, other = RLHFConfig(), RLHFConfig.model_validate({"plan": {"gpu": "h100", "efficiency": 0.3}})
-    assert config_hash(plain, exclude=_NOT_IDENTITY) == config_hash(other, exclude=_NOT_IDENTITY)
+    assert config_hash(plain, exclude=NOT_IDENTITY) == config_hash(other, exclude=NOT_IDENTITY)
 
 
 def test_numbers_for_people() -> None:

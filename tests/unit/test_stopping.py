@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rlhf import supervisor
+from rlhf import rank_pipeline
 from rlhf.distributed import endings, stopping
 from rlhf.distributed.peers import LaunchResult
 from rlhf.errors import EXIT_STOPPED, Stopped, describe_stop
@@ -179,16 +179,16 @@ def test_the_message_says_why_there_is_no_checkpoint(
 def test_other_ranks_wait_until_the_stop_is_written_down(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     began = time.monotonic()
-    supervisor._wait_for_note(run, 20)  # no manifest can be read here
+    rank_pipeline._wait_for_note(run, 20)  # no manifest can be read here
     assert time.monotonic() - began < 1
     manifest.start_manifest(run, command=["rlhf"], config={}, config_hash="", seed=0, stages=["sft"])
     began = time.monotonic()
-    supervisor._wait_for_note(run, 0.2)
+    rank_pipeline._wait_for_note(run, 0.2)
     assert time.monotonic() - began >= 0.2
     writer = threading.Timer(0.3, manifest.finish_manifest, (run, 143))
     writer.start()
     began = time.monotonic()
-    supervisor._wait_for_note(run, 20)
+    rank_pipeline._wait_for_note(run, 20)
     writer.join()
     assert 0.2 < time.monotonic() - began < 5
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 
 from rlhf import config as configs
-from rlhf import supervisor, worker
+from rlhf import rank_pipeline, worker
 from rlhf.config import RLHFConfig, load_config
 from rlhf.distributed import stopping
 from rlhf.distributed.runtime import Runtime
@@ -46,7 +46,7 @@ def nothing_of_this_process_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "install", lambda: None)
     monkeypatch.setattr(worker, "quiet_libraries", lambda: None)
     monkeypatch.setattr(console, "quiet_libraries", lambda: None)
-    monkeypatch.setattr(supervisor, "leave", leave)
+    monkeypatch.setattr(rank_pipeline, "leave", leave)
     monkeypatch.setattr(Runtime, "start", lambda *_: OnlyRank())
 
 
@@ -72,9 +72,9 @@ def test_a_rank_of_another_launcher(
         begun.append(manifest.read_manifest(RunFolder(tmp_path / "run"))["stages"]["sft"]["status"])
         exits()
 
-    monkeypatch.setattr(supervisor, "run_stage", stage)
+    monkeypatch.setattr(rank_pipeline, "run_stage", stage)
     with pytest.raises(Left) as left:
-        supervisor._run_as_rank(config, ["rlhf", "run"], debug=False)
+        rank_pipeline.run_as_rank(config, ["rlhf", "run"], debug=False)
     assert left.value.args == (1,)
     assert begun == ["running"]
     assert re.search(MESSAGE, capsys.readouterr().err)
