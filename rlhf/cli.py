@@ -45,7 +45,7 @@ VERBS = {
     "diff": "two run folders: differing config, data, packages, code, the first diverging step; --json, --exit-code",
     "replay": "run RUN again, the same code, config, data and seed, and compare step by step",
     "verify": "run an experiment, or take run=FOLDER, and say PASS or FAIL by its expected.json; alone: lists them",
-    "sweep": "make a sweep of a W&B sweep file: FILE [name=NAME]; status SWEEP shows one, retry SWEEP its failed trials",
+    "sweep": "make a sweep of a W&B sweep file: FILE [name=NAME]; status SWEEP shows it, retry SWEEP: failed trials",
     "agent": "work on a sweep: SWEEP [--count N]; any number of them, on any number of hosts",
     "prove": "prove a full-scale config on a CPU: plan, data adapters and first steps on tiny stand-ins; keep=FOLDER",
     "doctor": "check whether this machine runs it: versions, devices, disk, network, ranks; --json for machines",

@@ -152,7 +152,8 @@ def _check_bands(baseline: Baseline, options: Options) -> None:
 
 def _run_seeds(baseline: Baseline, options: Options, debug: bool) -> dict[int, RunRecord] | int:
     """The finished runs by seed, or the exit code of the first that did not finish."""
-    from rlhf.supervisor import run_folder_of, supervise
+    from rlhf.bookkeeping import run_folder_of
+    from rlhf.supervisor import supervise
 
     refuse_launchers("verify")
     # Every config first: a mistake should not show after the first seed.

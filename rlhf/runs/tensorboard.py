@@ -48,7 +48,7 @@ class TensorBoardSink:
         self._events: Any = event_pb2
         self._summaries: Any = summary_pb2
         self._text_metadata = create_summary_metadata(display_name=None, description="")
-        self._text_tensor = lambda text: tensor_pb2.TensorProto(
+        self._text_tensor: Any = lambda text: tensor_pb2.TensorProto(
             dtype=types_pb2.DT_STRING,
             string_val=[text.encode("utf-8", errors="backslashreplace")],
             tensor_shape=tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)]),

@@ -128,7 +128,7 @@ def test_layer_norm_adds_up_in_another_order_on_two_threads() -> None:
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(4096, 256, generator=generator)
     gradient = torch.randn(4096, 256, generator=generator)
-    found = []
+    found: list[torch.Tensor] = []
     try:
         for threads in (1, 1, 2, 2):
             torch.set_num_threads(threads)

@@ -75,13 +75,14 @@ def test_a_malformed_check_is_named(tmp_path: Path, change: dict[str, Any], mess
 
 
 def test_a_malformed_file_is_named(tmp_path: Path) -> None:
-    for change, message in [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"quesion": "x"}, r"quesion: unknown key; did you mean question\?"),
         ({"schema": "expected/2"}, "'expected/1', got 'expected/2'"),
         ({"checks": []}, "at least 1 item"),
         ({"checks": [check(), check()]}, "two checks have the name 'score'"),
         ({"source": None}, "valid string"),
-    ]:
+    ]
+    for change, message in changes:
         with pytest.raises(ConfigError, match=message):
             read_expected(write_expected_file(tmp_path, [check()], **change))
     path = write_expected_file(tmp_path, [check()])

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.bookkeeping import NOT_IDENTITY
 from rlhf.cli import main
 from rlhf.config import RLHFConfig, config_hash, load_config
 from rlhf.distributed.memory import Measured
 from rlhf.planning.during_run import StageMemory
 from rlhf.planning.plan import GIB, make_plan
 from rlhf.planning.render import duration, size, verdict
-from rlhf.bookkeeping import NOT_IDENTITY
 from tests.stage_example import one_process
 from tests.unit.test_planning import write_llama
 

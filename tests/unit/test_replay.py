@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf import data
-from rlhf.config import RLHFConfig
+from rlhf.config import RLHFConfig, config_from_file
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.evidence import replay
 from rlhf.evidence.record import read_record
@@ -83,7 +83,7 @@ def test_what_is_run(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.distributed.num_threads == 1
     assert config.tracking.wandb == "disabled"
     assert config.run.cache is None
-    changed = {key for key, value in config if value != getattr(replay.config_from_file(original / "config.yaml"), key)}
+    changed = {key for key, value in config if value != getattr(config_from_file(original / "config.yaml"), key)}
     assert changed <= {"run", "distributed", "tracking", "launcher"}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from rlhf.errors import DataError
 from rlhf.evaluation.reward_calibration import calibration, equal_mass_bins, temperature

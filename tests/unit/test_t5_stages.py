@@ -20,7 +20,7 @@ from rlhf.errors import ConfigError
 from rlhf.models import ScalarModel, build_from_scratch, generate, load_policy, load_tokenizer, row_uniforms
 from rlhf.ops.sequences import left_pad
 from rlhf.records import Comparison, read_records
-from rlhf.stages import reward_model, sft, trl_adapter
+from rlhf.stages import demonstration_loss, reward_model, sft, trl_adapter
 from rlhf.stages.reward_measures import encode_all, score_sequences
 from rlhf.stages.seq2seq_training import (
     ComparisonCollator,
@@ -102,7 +102,7 @@ def test_sums_of_the_validation_loss_follow_from_single_rows() -> None:
             for place, token in enumerate(response):
                 right = float(logits[place].argmax() == token)
                 expected += torch.tensor([-float(logprobs[place, token]), right, 1.0], dtype=torch.float64)
-    found = sft.loss_and_correct(model, PAIRS, 0, torch.device("cpu"))
+    found = demonstration_loss.loss_and_correct(model, PAIRS, 0, torch.device("cpu"))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -140,7 +140,7 @@ def test_the_first_loss_is_the_token_mean_of_the_first_batch(tmp_path: Path) -> 
     splits = load_demonstrations(config.data).train
     first = [encode_pair(tokenizer, splits[place].prompt, splits[place].response) for place in order[:8]]
     assert len({len(pair.response_ids) for pair in first}) > 2
-    loss, correct, count = sft.loss_and_correct(model, first, 0, torch.device("cpu")).tolist()
+    loss, correct, count = demonstration_loss.loss_and_correct(model, first, 0, torch.device("cpu")).tolist()
     line = metrics_of(tmp_path / "run", "sft")[0]
     assert line["sft/loss"] == pytest.approx(loss / count, rel=1e-5)
     assert line["sft/token_accuracy"] == pytest.approx(correct / count, rel=1e-5)

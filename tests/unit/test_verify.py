@@ -151,7 +151,7 @@ def test_fail_of_a_changed_reward(tmp_path: Path, baseline: Baseline) -> None:
 def test_code_packages_and_machine_are_notes_and_come_up_when_nothing_else_differs(
     tmp_path: Path, baseline: Baseline
 ) -> None:
-    other = {"packages": {"torch": "2.9.0"}, "compute": {"device": "cpu", "num_threads": 4}}
+    other: Any = {"packages": {"torch": "2.9.0"}, "compute": {"device": "cpu", "num_threads": 4}}
     good = write_run(tmp_path / "good", rows=rows_of(0.72), **other)
     assert text_of(good, baseline).endswith("PASS: 6 checks")
     text = text_of(write_run(tmp_path / "bad", rows=rows_of(0.95), **other), baseline)
@@ -213,7 +213,7 @@ def test_the_verb_runs_the_experiment(
     started = []
 
     def supervise(config: Any, command: list[str], debug: bool) -> int:
-        from rlhf.supervisor import run_folder_of
+        from rlhf.bookkeeping import run_folder_of
 
         started.append((config.seed, command))
         write_run(run_folder_of(config).path, f"seed={config.seed}", rows=rows_of(0.70 + config.seed / 100))

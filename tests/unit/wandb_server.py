@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         if body.get("preempting"):
             received.preempting.append(run)
         if body.get("complete"):
-            received.exits.setdefault(run, []).append(body.get("exitcode"))
+            received.exits.setdefault(run, []).append(int(body["exitcode"]))
         return {"exitcode": None, "limits": {}}
 
     def _query(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
