@@ -23,7 +23,12 @@ from rlhf.errors import ConfigError
 
 CONFIGS = packaged_config_folder()
 GROUPS = ("model", "data", "zero", "peft", "launcher", "ppo", "experiment")
-FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+# A sweep's file is W&B's, and no part of a config.
+FILES = sorted(
+    path.relative_to(CONFIGS).with_suffix("").as_posix()
+    for path in CONFIGS.rglob("*.yaml")
+    if path.parent.name != "sweep"
+)
 MANDATORY = {
     "model/local": ("model.path=x",),
     "data/files": ("data.path=x",),

@@ -20,9 +20,11 @@ def preferences(*arguments: str) -> PreferencesConfig:
 
 def test_the_name_of_an_annotator_stands_for_its_defaults(tmp_path: Path) -> None:
     assert preferences("annotator=human").annotator == preferences("annotator.type=human").annotator
-    # What another kind had goes with it; keys after the name are set in the new section.
-    section = preferences("annotator.temperature=2", "annotator=human", "annotator.port=9")
-    assert section.annotator.model_dump()["port"] == 9
+    # The order of arguments for different keys does not matter; keys of another kind are mistakes.
+    for arguments in (("annotator=human", "annotator.port=9"), ("annotator.port=9", "annotator=human")):
+        assert preferences(*arguments).annotator.model_dump()["port"] == 9
+    with pytest.raises(ConfigError, match=r"preferences\.annotator\.temperature"):
+        preferences("annotator.temperature=2", "annotator=human")
     (tmp_path / "mine.yaml").write_text("# @package _global_\npreferences:\n  annotator: human\n")
     config = load_config([f"experiment={tmp_path}/mine.yaml", "preferences.annotator.serve=false"]).config
     assert config.preferences.annotator.model_dump()["serve"] is False
