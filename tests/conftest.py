@@ -28,18 +28,22 @@ settings.register_profile("rlhf", derandomize=True, deadline=None, max_examples=
 settings.load_profile("rlhf")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+TIMED = ("tests/pipeline/test_stopping.py", "tests/pipeline/test_sweep_agent.py", "tests/web/test_label_load.py")
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """How pytest-xdist shares the tests out (`-n 2`): a file of unit tests stays together.
+    """How pytest-xdist shares the tests out (`-n 2`): a file stays together.
 
-    All tests that start processes are one group, so that never two of them compete for the cores.
+    All tests that start several ranks, or say how long something may take, are one group, so that never two of them
+    compete for the cores.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist ships no types
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.split("::", 1)[0] if nodeid.startswith("tests/unit/") else "processes"
+            file = nodeid.split("::", 1)[0]
+            return "processes" if file.startswith("tests/distributed/") or file in TIMED else file
 
     return ByGroup(config, log)
 
