@@ -118,7 +118,8 @@ def _of_user(error: BaseException, run: RunFolder | None) -> BaseException:
 
 
 def _exit_error(error: SystemExit) -> UserError:
-    frames = traceback.extract_tb(error.__traceback__)
+    # W&B puts a function of its own in the place of sys.exit.
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/wandb/sdk/" not in frame.filename]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     code = "" if error.code is None else repr(error.code)
     explained = UserError(

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -123,12 +124,22 @@ class State:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Signals that ask the process to end are delivered when the block is over."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    """Signals that ask the process to end are delivered when the block is over.
+
+    They are noted, not blocked: blocked in this thread they would reach another one, such as a numerical library's.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no handler runs in this thread
+        return
+    noted: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in _HELD_BACK}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for held in noted:
+            signal.raise_signal(held)
 
 
 class Journal:

@@ -39,8 +39,6 @@ class TrialProcess:
             _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
             if os.getppid() != parent:
                 os._exit(143)
-            # The agent holds signals back in moments that must not be cut short; its children do not.
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
         try:
             self._child = subprocess.Popen(

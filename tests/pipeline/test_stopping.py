@@ -225,10 +225,10 @@ SLOW_DATA = """
 import sys, time
 from pathlib import Path
 from rlhf import cli, data
-def data_hash(config):
+def data_content(config):
     Path("hashing").touch()
     time.sleep(60)
-data.data_hash = data_hash
+data.data_content = data_content
 cli.main(sys.argv[1:])
 """
 

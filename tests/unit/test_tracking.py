@@ -336,7 +336,7 @@ from rlhf.runs.folder import RunFolder, StageResult
 from rlhf.runs.tracking import StageSinks, Tracker, record_result
 from rlhf.worker import leave
 
-wandb_logger.INIT_SECONDS = 1.0
+wandb_logger.INIT_SECONDS = 3.0
 started = time.monotonic()
 with Tracker.open(RunFolder(Path(sys.argv[1])), TrackingConfig(), "sft", 2) as tracker:
     for step in (1, 2):
