@@ -132,7 +132,9 @@ def held_back() -> Iterator[None]:
         yield  # no handler runs in this thread
         return
     noted: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in _HELD_BACK}
+    # Those that are ignored (nohup) stay so: a trial that is started in the block inherits that.
+    wanted = [number for number in _HELD_BACK if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in wanted}
     try:
         yield
     finally:
