@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from rlhf import data
 from rlhf.cached_stages import check_cache
@@ -15,11 +17,12 @@ from rlhf.config.preferences import BOOKKEEPING as PREFERENCES_BOOKKEEPING
 from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
 from rlhf.distributed.nodes import remove_left_secrets
 from rlhf.errors import EXIT_SUCCESS, StorageError, UserError
-from rlhf.pipeline import StagePlan, begin_stage, default_run_folder, preflight
+from rlhf.pipeline import StagePlan, begin_stage, preflight
 from rlhf.runs import console, manifest
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.report import write_report
+from rlhf.runs.sweep_agent import sweep_run_id
 from rlhf.runs.wandb_logger import record_run, sync_command
 from rlhf.studies.arms import check_arms
 from rlhf.terminal import say
@@ -35,6 +38,17 @@ NOT_IDENTITY = (
 )
 # A run that failed because nothing can be written has said so; its manifest is mended when it is started again.
 FAILED_ALREADY = suppress(StorageError)
+
+
+def default_run_folder(config: RLHFConfig, identity: str) -> Path:
+    """`run.dir`, or `<run.root>/<experiment>/<id>`; `identity` is the hash of the config that makes the id.
+
+    In a sweep of W&B the id is the agent's, so that a trial that is handed out again finds its checkpoint.
+    """
+    if config.run.dir is not None:
+        return Path(config.run.dir).expanduser()
+    name = sweep_run_id(os.environ) or f"seed{config.seed}-{identity[:8]}"
+    return Path(config.run.root).expanduser() / config.experiment / name
 
 
 def run_folder_of(config: RLHFConfig) -> RunFolder:

@@ -35,7 +35,6 @@ from rlhf.rewards import checks as reward_checks
 from rlhf.runs.files import fingerprint, hash_path
 from rlhf.runs.folder import RunFolder, StageFolder, StageResult
 from rlhf.runs.jsonable import read_json
-from rlhf.runs.sweep_agent import sweep_run_id
 from rlhf.runs.tracking import check_tracking
 from rlhf.stage_inputs import collects_ratings, inputs_of
 
@@ -393,14 +392,3 @@ def _key_name(path: tuple[str, ...], stage: StageName) -> str:
 def _value(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def default_run_folder(config: RLHFConfig, identity: str) -> Path:
-    """`run.dir`, or `<run.root>/<experiment>/<id>`; `identity` is the hash of the config that makes the id.
-
-    In a sweep of W&B the id is the agent's, so that a trial that is handed out again finds its checkpoint.
-    """
-    if config.run.dir is not None:
-        return Path(config.run.dir).expanduser()
-    name = sweep_run_id(os.environ) or f"seed{config.seed}-{identity[:8]}"
-    return Path(config.run.root).expanduser() / config.experiment / name

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf.distributed.memory import Measured, MemoryMeter
+from rlhf.planning.lengths import PLANNED_STAGES, TrainedStage
 from rlhf.planning.memory import Setting
 from rlhf.planning.phases import libraries_bytes, peak_of
 from rlhf.planning.sources import find_sources
-from rlhf.planning.stages import PLANNED_STAGES, TrainedStage, stage_phases
+from rlhf.planning.stages import stage_phases
 from rlhf.terminal import say
 
 if TYPE_CHECKING:

@@ -13,18 +13,12 @@ from rlhf.config import RLHFConfig
 from rlhf.config.peft import uses_lora
 from rlhf.config.root import UNEVEN_BATCHES, uneven_batches
 from rlhf.errors import ConfigError
+from rlhf.planning.lengths import PLANNED_STAGES, TrainedStage
 from rlhf.planning.memory import Setting
 from rlhf.planning.phases import Phase, peak_of
 from rlhf.planning.sources import Known, Source, Sources, find_sources
 from rlhf.planning.speed import GPUS, Work, stage_work
-from rlhf.planning.stages import (
-    PLANNED_STAGES,
-    TrainedStage,
-    rows_of_rollout,
-    rows_of_training,
-    rows_of_update,
-    stage_phases,
-)
+from rlhf.planning.stages import rows_of_rollout, rows_of_training, rows_of_update, stage_phases
 from rlhf.runs.machine import memory_bytes
 
 GIB = 2**30

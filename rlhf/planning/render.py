@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlhf.planning.lengths import TrainedStage
 from rlhf.planning.phases import COMPONENTS, libraries_bytes
 from rlhf.planning.plan import GIB, Plan, StagePlan
-from rlhf.planning.stages import TrainedStage
 
 _TITLES: dict[TrainedStage, str] = {"sft": "SFT", "reward_model": "reward model", "ppo": "PPO"}
 

@@ -14,15 +14,10 @@ from rlhf.config import RLHFConfig
 from rlhf.config.peft import uses_lora
 from rlhf.config.plan import GPUName
 from rlhf.planning.architecture import Architecture
+from rlhf.planning.lengths import Lengths, TrainedStage, lengths_of
 from rlhf.planning.memory import Setting
 from rlhf.planning.sources import Sources
-from rlhf.planning.stages import (
-    Lengths,
-    TrainedStage,
-    kv_cache_bytes,
-    lengths_of,
-    rows_of_rollout,
-)
+from rlhf.planning.stages import kv_cache_bytes, rows_of_rollout
 
 _FORWARD = 1
 

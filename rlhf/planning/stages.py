@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from rlhf.config import RLHFConfig
-from rlhf.config.data import Kind, source_of
 from rlhf.config.peft import LoRAConfig, lora_of
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.training import TrainingConfig
 from rlhf.planning.activations import PassShape, count_activations
 from rlhf.planning.architecture import Architecture, lora_parameters
+from rlhf.planning.lengths import Lengths, TrainedStage, lengths_of
 from rlhf.planning.memory import Module, Setting, weight_copies
 from rlhf.planning.phases import (
     Loaded,
@@ -30,38 +29,8 @@ from rlhf.planning.phases import (
 )
 from rlhf.planning.sources import Source, Sources
 
-TrainedStage = Literal["sft", "reward_model", "ppo"]
-PLANNED_STAGES: tuple[TrainedStage, ...] = get_args(TrainedStage)
 # Bytes a token of the vocabulary while one is drawn: float32 logits, their exponentials, a float64 running sum.
 _DRAWING = 16
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Longest prompt, response and sequence in tokens, as the config allows them."""
-
-    prompt: int
-    response: int
-
-    @property
-    def whole(self) -> int:
-        """Prompt and response."""
-        return self.prompt + self.response
-
-
-def lengths_of(config: RLHFConfig, stage: TrainedStage, architecture: Architecture) -> Lengths:
-    """The longest row of the stage: the data's limits, and of PPO its own limit on responses; within the positions."""
-    kinds: dict[TrainedStage, Kind] = {"sft": "demonstrations", "reward_model": "comparisons", "ppo": "prompts"}
-    # Without comparisons of its own the run collects them: answers to its prompts.
-    source = source_of(config.data, kinds[stage]) or source_of(config.data, "prompts")
-    assert source is not None
-    response = config.ppo.max_response_tokens if stage == "ppo" else source.max_response_tokens
-    prompt = source.max_prompt_tokens
-    limit = getattr(architecture.config, "max_position_embeddings", None)
-    if limit is not None and not architecture.encoder_decoder and prompt + response > limit:
-        prompt = max(1, limit - response)
-        response = min(response, limit - prompt)
-    return Lengths(prompt, response)
 
 
 def stage_phases(stage: TrainedStage, config: RLHFConfig, sources: Sources, setting: Setting) -> list[Phase]:

@@ -140,9 +140,9 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 def _plan(config: RLHFConfig, folder: Path, models: dict[str, tuple[PreTrainedConfig, str]]) -> str:
     """The verdict of `rlhf plan`. Raises `UserError` when a stage does not fit."""
+    from rlhf.planning.lengths import PLANNED_STAGES
     from rlhf.planning.plan import make_plan
     from rlhf.planning.render import verdict
-    from rlhf.planning.stages import PLANNED_STAGES
     from rlhf.proving.stand_ins import with_shapes
 
     if not set(config.stages) & set(PLANNED_STAGES):

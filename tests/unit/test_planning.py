@@ -20,10 +20,11 @@ from rlhf.models.adapters import add_adapter
 from rlhf.models.scratch import build_from_scratch
 from rlhf.planning.activations import PassShape, count_activations
 from rlhf.planning.architecture import Architecture, lora_parameters, read_architecture, scratch_architecture
+from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import Module, Setting, communication, training_states
 from rlhf.planning.sources import find_sources
 from rlhf.planning.speed import forward_flops
-from rlhf.planning.stages import Lengths, kv_cache_bytes, stage_phases
+from rlhf.planning.stages import kv_cache_bytes, stage_phases
 from rlhf.planning.table import SHAPES
 
 # Meta's Llama-3-8B, from its model card and config.json.

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from rlhf.bookkeeping import default_run_folder
 from rlhf.cli import _main
 from rlhf.config import load_config
 from rlhf.config.serialize import plain_values
 from rlhf.distributed.launch import launch
 from rlhf.errors import ConfigError
-from rlhf.pipeline import default_run_folder
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.sinks import Ending, Start
 from rlhf.runs.sweep_agent import check_sweep, sweep_run_id, with_verb
