@@ -38,8 +38,11 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _ADMIN_PREFIXES = ("/admin", "/api/admin")
 COOKIE_DAYS = 30
 _MAX_VERIFIED = 1000
-# A page whose address holds the token; the browser goes on from here by itself.
-_ENTRY = b'<!doctype html><html lang="en"><title>rlhf label</title><p><a href="%s">Go on to the page</a>'
+# A page whose address holds the token; the browser goes on from here by itself. Without an icon it would ask for one.
+_ENTRY = (
+    b'<!doctype html><html lang="en"><title>rlhf label</title><link rel="icon" href="/static/icon.svg">'
+    b'<p><a href="%s">Go on to the page</a>'
+)
 
 
 @dataclass(frozen=True)
