@@ -24,6 +24,7 @@ RATING_FIELDS = ("prompt", "response", "scale")
 # The replies to a question about a pair; C is a tie.
 PAIR_CHOICES = ("A", "B", "C")
 _VERDICTS: tuple[Verdict, ...] = ("first", "second", "tie")
+_FIRST_IS_BETTER: dict[Verdict, float] = {"first": 1.0, "second": 0.0, "tie": 0.5}
 # Scales up to this have ratings of one digit, none of which begins another one.
 MAX_DIGIT_SCALE = 9
 _OF_LETTER: dict[str, Verdict] = {"a": "first", "b": "second", "c": "tie"}
@@ -161,6 +162,15 @@ def reply_verdict(reply: ChatReply) -> Verdict | None:
     if reply.choice_logprobs is None:
         return read_verdict(reply.text)
     return _VERDICTS[max(range(len(_VERDICTS)), key=reply.choice_logprobs.__getitem__)]
+
+
+def reply_first_is_better(reply: ChatReply) -> float | None:
+    """The probability that the response shown first is better, a tie counting half; None where it cannot be read."""
+    if reply.choice_logprobs is not None:
+        first, _, tie = (math.exp(logprob) for logprob in reply.choice_logprobs)
+        return first + tie / 2
+    verdict = reply_verdict(reply)
+    return None if verdict is None else _FIRST_IS_BETTER[verdict]
 
 
 def reply_rating(reply: ChatReply, scale: int) -> float | None:

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.chat.asking import Chat
-from rlhf.chat.protocol import ChatReply, ChatRequest
-from rlhf.chat.questions import PAIR_CHOICES, pair_question, reply_verdict
+from rlhf.chat.protocol import ChatRequest
+from rlhf.chat.questions import PAIR_CHOICES, pair_question, reply_first_is_better
 from rlhf.config.stages import LanguageModelJudge
 from rlhf.records import Message, PromptContent, prompt_to_json
 from rlhf.statistics import wilson
-
-_FIRST_IS_BETTER = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
 @dataclass
@@ -50,7 +48,7 @@ class PairJudge:
         replies = iter(self.chat.ask(requests))
         found = []
         for order in orders:
-            values = [_first_is_better(next(replies)) for _ in order]
+            values = [reply_first_is_better(next(replies)) for _ in order]
             if order:
                 # Kept in the order in which they were read, for the figures.
                 self._asked.append(values)
@@ -107,12 +105,3 @@ class PairJudge:
 def _side(value: float | None) -> int:
     """1 where the response read first is better, -1 where the second one is, 0 for a tie."""
     return 0 if value is None or value == 0.5 else 1 if value > 0.5 else -1
-
-
-def _first_is_better(reply: ChatReply) -> float | None:
-    """The probability that the response read first is better, a tie counting half; None where it cannot be read."""
-    if reply.choice_logprobs is not None:
-        first, _, tie = (math.exp(logprob) for logprob in reply.choice_logprobs)
-        return first + tie / 2
-    verdict = reply_verdict(reply)
-    return None if verdict is None else _FIRST_IS_BETTER[verdict]

@@ -18,16 +18,14 @@ from rlhf.chat.questions import (
     pair_question,
     rating_choices,
     rating_question,
+    reply_first_is_better,
     reply_rating,
-    reply_verdict,
 )
 from rlhf.config.rewards import JudgeReward
 from rlhf.records import Message, PromptContent
 from rlhf.rewards.judge_checks import judge_template
 from rlhf.rewards.protocol import RewardBatch, RewardError
 from rlhf.terminal import warn
-
-_VALUE = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
 @dataclass
@@ -105,21 +103,12 @@ class GenerativeJudge:
             score = reply_rating(replies[0], self.config.scale)
         else:
             # One order that cannot be read would let the other one's bias in.
-            values = [value for reply in replies if (value := _first_is_better(reply)) is not None]
+            values = [value for reply in replies if (value := reply_first_is_better(reply)) is not None]
             values[1:] = [1.0 - value for value in values[1:]]
             score = math.fsum(values) / len(values) if len(values) == len(replies) else None
         if score is None:
             score = self.config.unreadable
         return math.nan if score is None else score
-
-
-def _first_is_better(reply: ChatReply) -> float | None:
-    """The probability that the response shown first is better, a tie counting half; None where it cannot be read."""
-    if reply.choice_logprobs is not None:
-        first, _, tie = (math.exp(logprob) for logprob in reply.choice_logprobs)
-        return first + tie / 2
-    verdict = reply_verdict(reply)
-    return None if verdict is None else _VALUE[verdict]
 
 
 def make_judge_reward(config: JudgeReward, name: str, key: str) -> GenerativeJudge:

@@ -25,9 +25,10 @@ from rlhf.config.tracking import TrackingConfig
 from rlhf.runs.artifacts import Artifact, made_artifacts, report_artifact, used_artifacts
 from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder, StageResult
-from rlhf.runs.jsonable import read_json, to_jsonable
+from rlhf.runs.jsonable import read_json, read_lines, to_jsonable
 from rlhf.runs.metrics_file import count_lines
 from rlhf.runs.sinks import Ending, Start, result_metrics
+from rlhf.runs.wandb_offline import mend
 from rlhf.terminal import say
 
 Mode = Literal["online", "offline", "disabled"]
@@ -163,6 +164,10 @@ class WandbLogger:
         if mode == "disabled":
             return None
         logger = cls(start)
+        kept: int | None = None
+        if start.resume_step is not None:
+            with _Contained(logger, "could not read what it wrote offline before"):
+                kept = mend(start.folder)
         if mode == "online":
             with _Contained(logger, "could not start online, so it logs offline (wandb sync uploads later)"):
                 logger._run = _init(start, mode)
@@ -176,15 +181,37 @@ class WandbLogger:
             if logger._run is not None:
                 logger._run.define_metric(f"{start.stage}/step", hidden=True)
                 logger._run.define_metric(f"{start.stage}/*", step_metric=f"{start.stage}/step")
+                logger._catch_up(kept)
         return logger
+
+    def _catch_up(self, kept: int | None) -> None:
+        """Sends what an attempt that was killed had handed to W&B, and W&B had neither written nor uploaded.
+
+        `kept` is the step behind the last one in the offline files, None where that is not known.
+        """
+        if not self._start.resume_step:
+            return
+        if self._run.starting_step > 0:
+            # The server's count.
+            kept = max(kept or 0, self._run.starting_step)
+        if kept is None:
+            return
+        self._sent = min(self._sent, max(0, kept - self._raised))
+        for line, entry in enumerate(read_lines(self._start.folder.metrics)):
+            if self._sent <= line < self._start.lines:
+                stage, step = entry.pop("stage", self.stage), entry.pop("step", line)
+                self._send(line, f"{stage}/step", step, entry)
 
     def log(self, line: int, step: int, metrics: Mapping[str, float | None]) -> None:
         """Logs one line of `metrics.jsonl` under its names, unless an earlier start has."""
         if self._run is None or line < self._sent:
             return
-        values = {name: value for name, value in metrics.items() if value is not None}
         with _Contained(self, "stopped logging"):
-            self._run.log({f"{self.stage}/step": step, **values}, step=line + self._raised)
+            self._send(line, f"{self.stage}/step", step, metrics)
+
+    def _send(self, line: int, axis: str, step: int, metrics: Mapping[str, float | None]) -> None:
+        values = {name: value for name, value in metrics.items() if value is not None}
+        self._run.log({axis: step, **values}, step=line + self._raised)
 
     def log_samples(self, line: int, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Logs sampled texts as a W&B table, in the row of the stage's newest numbers."""
@@ -286,21 +313,6 @@ def outside_the_sweep() -> Iterator[None]:
         yield
     finally:
         os.environ.update(held)
-
-
-def offline_folders(folder: RunFolder) -> list[Path]:
-    """The folders of offline runs of this run folder, and of a study's arms, that `wandb sync` has not uploaded."""
-    found = (*folder.path.glob("wandb/offline-run-*"), *folder.path.glob("arms/**/wandb/offline-run-*"))
-    return sorted(path for path in found if not list(path.glob("*.wandb.synced")))
-
-
-def sync_command(folder: RunFolder) -> str | None:
-    """The command that uploads what this run logged offline; None where there is nothing of it."""
-    places = dict.fromkeys(path.parent.relative_to(folder.path).parts for path in offline_folders(folder))
-    # One pattern for all arms of a study; their names may have several parts.
-    patterns = dict.fromkeys((parts[0], *("*" for _ in parts[1:-1]), parts[-1])[-len(parts) :] for parts in places)
-    found = [str(folder.path.joinpath(*parts, "offline-run-*")) for parts in patterns]
-    return " ".join(["wandb sync", *found]) if found else None
 
 
 def _raised(start: Start) -> int:

@@ -108,6 +108,7 @@ def load_reward(context: StageContext, source: str = "reward_model") -> LearnedR
         dtype=context.runtime.dtype,
         device=context.runtime.device,
         policy_tokenizer=load_tokenizer(context.inputs["policy"], config, key="evaluate.policy"),
+        key=f"evaluate.{source}",
     )
 
 

@@ -22,10 +22,13 @@ class LengthControlled:
     """The length-controlled win rate with its interval, and the log-odds that a longer response earns.
 
     `length_effect` is the coefficient of tanh(length difference / its standard deviation); NaN where one side won all.
+    With `extrapolated` one side was the longer one every time: nothing was seen near equal lengths, so what the win
+    rate would be there is not in the data.
     """
 
     win_rate: Interval
     length_effect: float
+    extrapolated: bool = False
 
 
 def length_controlled_win_rate(
@@ -53,18 +56,21 @@ def length_controlled_win_rate(
         raise ValueError("length control needs wins in [0, 1] and finite length differences")
     numbers = np.arange(target.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     num_groups = int(numbers.max()) + 1
+    one_sided = float(lengths.min()) > 0.0 or float(lengths.max()) < 0.0
     if target.min() == target.max() and target[0] in (0.0, 1.0):
         # No length tells anything of who wins.
-        return LengthControlled(wilson(float(target[0]) * num_groups, num_groups, confidence=confidence), math.nan)
+        rate = wilson(float(target[0]) * num_groups, num_groups, confidence=confidence)
+        return LengthControlled(rate, math.nan, one_sided)
     deviation = float(lengths.std())
     terms = np.tanh(lengths / deviation) if deviation > 0 else np.zeros_like(lengths)
     fitted = _fit(target, terms, np.ones((1, target.size)))
     generator = np.random.Generator(np.random.PCG64(seed))
     counts = generator.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=num_resamples)
-    draws = _sigmoid(_fit(target, terms, counts[:, numbers].astype(np.float64))[:, 0])
+    draws = sigmoid(_fit(target, terms, counts[:, numbers].astype(np.float64))[:, 0])
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    value = float(_sigmoid(fitted[:, 0])[0])
-    return LengthControlled(Interval(value, min(value, float(low)), max(value, float(high))), float(fitted[0, 1]))
+    value = float(sigmoid(fitted[:, 0])[0])
+    rate = Interval(value, min(value, float(low)), max(value, float(high)))
+    return LengthControlled(rate, float(fitted[0, 1]), one_sided)
 
 
 def _fit(target: Array, terms: Array, weights: Array) -> Array:
@@ -73,7 +79,7 @@ def _fit(target: Array, terms: Array, weights: Array) -> Array:
     design = np.stack([np.ones_like(terms), terms], axis=1)
     penalty = np.full(2, RIDGE)
     for _ in range(_STEPS):
-        shares = _sigmoid(parameters @ design.T)
+        shares = sigmoid(parameters @ design.T)
         gradient = (weights * (target - shares)) @ design - penalty * parameters
         curvature = np.einsum("rn,ni,nj->rij", weights * shares * (1 - shares), design, design, optimize=True)
         step = np.linalg.solve(curvature + np.diag(penalty), gradient[..., None])[..., 0]
@@ -85,5 +91,6 @@ def _fit(target: Array, terms: Array, weights: Array) -> Array:
     return parameters
 
 
-def _sigmoid(values: Array) -> Array:
+def sigmoid(values: Array) -> Array:
+    """1 / (1 + exp(-values)), of any shape, without an overflow."""
     return 0.5 * (1.0 + np.tanh(values / 2.0))

@@ -8,20 +8,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rlhf.statistics.intervals import Interval
+from rlhf.statistics.length_control import sigmoid
 
 Array = NDArray[np.float64]
 # A difference of 400 points is odds of ten to one, as in chess.
 POINTS = 400 / math.log(10)
 # So many games, half of them won, that each method is taken to have played with each other one.
 PRIOR_GAMES = 0.1
+_STEPS = 200
 
 
 def bradley_terry(wins: ArrayLike) -> list[float]:
     """Ratings of K methods from `wins` (K, K): how often the row beats the column, a tie counting half for both.
 
-    P(i beats j) = 1 / (1 + 10^((r_j - r_i) / 400)); the ratings' mean is 0. Maximum likelihood (Bradley and Terry 1952)
-    by the MM algorithm of Hunter (2004), with a tenth of a game, half won, between any two: a method that
-    never lost has a finite rating. Raises `ValueError` for another shape or negative numbers.
+    P(i beats j) = 1 / (1 + 10^((r_j - r_i) / 400)); the ratings' mean is 0. Maximum likelihood (Bradley and Terry
+    1952), with a tenth of a game, half won, between any two: a method that never lost has a finite rating, and so have
+    methods that never met. Raises `ValueError` for another shape or negative numbers.
     """
     counts = np.asarray(wins, dtype=np.float64)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or counts.shape[0] < 2 or not (counts >= 0).all():
@@ -52,19 +54,25 @@ def rating_intervals(
 
 
 def _ratings(wins: Array) -> Array:
-    """Ratings (R, K) of matrices of wins (R, K, K)."""
+    """Ratings (R, K) of matrices of wins (R, K, K), by damped Newton steps on the log-likelihood, which is concave."""
     num_methods = wins.shape[1]
+    diagonal = np.arange(num_methods)
     counts = wins + PRIOR_GAMES / 2
-    counts[:, np.arange(num_methods), np.arange(num_methods)] = 0.0
+    counts[:, diagonal, diagonal] = 0.0
     games, won = counts + counts.transpose(0, 2, 1), counts.sum(axis=2)
-    strengths = np.ones_like(won)
-    for _ in range(10_000):
-        expected = (games / (strengths[:, :, None] + strengths[:, None, :])).sum(axis=2)
-        improved = won / expected
-        improved /= np.exp(np.log(improved).mean(axis=1, keepdims=True))
-        change = float(np.abs(np.log(improved / strengths)).max())
-        strengths = improved
-        if change < 1e-10:
+    strengths = np.zeros_like(won)
+    for _ in range(_STEPS):
+        expected = sigmoid(strengths[:, :, None] - strengths[:, None, :])
+        information = games * expected * (1 - expected)
+        curvature = -information
+        curvature[:, diagonal, diagonal] = information.sum(axis=2)
+        # Adding a constant to all strengths changes nothing; the ones keep their sum where it is.
+        curvature += curvature[:, diagonal, diagonal].mean(axis=1)[:, None, None]
+        step = np.linalg.solve(curvature, (won - (games * expected).sum(axis=2))[..., None])[..., 0]
+        # Far from the optimum the parabola is a bad guide.
+        step *= np.minimum(1.0, 2.0 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-12))
+        strengths += step
+        if float(np.abs(step).max()) < 1e-10:
             break
-    ratings: Array = POINTS * np.log(strengths)
+    ratings: Array = POINTS * (strengths - strengths.mean(axis=1, keepdims=True))
     return ratings

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +24,8 @@ from rlhf.runs.comparison.records import Run, prompt_id
 from rlhf.runs.comparison.samples import collect_samples, to_script
 from rlhf.runs.files import fingerprint
 from tests.comparison_example import NUM_PROMPTS, NUM_UPDATES, make_methods, make_run
+from tests.html_page import Page
 from tests.web.attacks import ATTACKS
-
-VOID = {"meta", "input", "br", "wbr"}
-
-
-class Page(HTMLParser):
-    """The elements of a page; checks that tags close in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +274,7 @@ def test_what_the_reader_must_know(tmp_path: Path) -> None:
     assert "is still running" in notes
     assert "different judges (classifier, gold)" in notes
     assert "kept the responses of their sample table alone" in notes
-    assert "no two methods answered the same prompts" in notes
+    assert "no two methods have scored responses to the same prompts" in notes
 
 
 def test_a_prompt_has_the_id_that_stage_evaluate_gives_it() -> None:
@@ -417,6 +389,7 @@ def test_one_run_has_its_own_report(folder: Path, tmp_path: Path, capsys: pytest
         (["{folder}", "ppo.kl_coefficient=0.1"], "Config keys belong to a report of one run"),
         (["{folder}", "group_by=ppo.kl"], "group_by=ppo.kl: no run's config has this key"),
         (["{folder}/nowhere"], "there is no such run folder"),
+        (["{folder}", "to={folder}"], "is a folder: name the file to write"),
         (["{folder}", "label=nowhere/x"], "there is no such run folder"),
     ],
 )

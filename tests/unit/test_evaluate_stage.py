@@ -13,13 +13,14 @@ from rlhf.chat.asking import make_chat
 from rlhf.config import RLHFConfig
 from rlhf.config.compose import load_config
 from rlhf.config.stages import LanguageModelJudge
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, UserError
 from rlhf.evaluation.judge_checks import check_judge, judge_values
 from rlhf.evaluation.pair_judge import PairJudge
 from rlhf.models.scratch import build_from_scratch
 from rlhf.pipeline import decided_by, preflight, resolve_inputs
 from rlhf.runs.folder import RunFolder
 from rlhf.stages import evaluate
+from rlhf.stages.evaluation_judges import load_reward
 from tests.chat_server import Reply, chat_server, said
 from tests.collect_example import write_reward_model
 from tests.stage_example import make_context, tiny_config, write_demonstrations
@@ -141,6 +142,13 @@ def test_a_language_model_judges_the_stage(files: Path, tmp_path: Path) -> None:
     assert summary["judge_first_share"]["value"] == 1.0
     assert summary["judge_consistency"]["value"] == 0.0
     assert all(line["policy"]["score"] + line["baseline"]["score"] == 1.0 for line in lines)
+
+
+def test_a_judge_that_is_no_reward_model_is_named_by_its_key(files: Path, tmp_path: Path) -> None:
+    inputs = {"policy": str(files / "policy"), "judge.path": str(files / "baseline")}
+    context = make_context(tiny_config(files), tmp_path, "evaluate", inputs)
+    with pytest.raises(UserError, match=r"evaluate\.judge\.path"):
+        load_reward(context, "judge.path")
 
 
 def config_with(*arguments: str) -> RLHFConfig:

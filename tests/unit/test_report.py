@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,40 +14,10 @@ from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.report import write_report
 from rlhf.runs.results import Estimate
+from tests.html_page import Page
 from tests.unit.runs_example import STAGES, make_run
 
 HOSTILE = "</div></td><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
-VOID = {"meta", "input", "br", "img"}
-
-
-class Page(HTMLParser):
-    """Elements and attributes of a page; checks that tags close in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.texts: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 def render(run: RunFolder) -> tuple[str, Page]:

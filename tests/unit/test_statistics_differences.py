@@ -210,6 +210,28 @@ def test_length_control_takes_length_out() -> None:
         statistics.length_controlled_win_rate([1.0], [0.0, 1.0])
 
 
+def test_lengths_that_never_meet_tell_nothing() -> None:
+    """Who is the longer one every time may win by it or not: a rate at equal lengths is beyond what was seen."""
+    wins = np.array([1.0, 0.0] * 20)
+    longer = np.linspace(1.0, 9.0, 40)
+    assert statistics.length_controlled_win_rate(wins, longer).extrapolated
+    assert statistics.length_controlled_win_rate(wins, -longer).extrapolated
+    assert statistics.length_controlled_win_rate(np.ones(40), longer).extrapolated
+    for lengths in (longer - 5.0, longer - 1.0, np.zeros(40)):
+        assert not statistics.length_controlled_win_rate(wins, lengths).extrapolated
+
+
+def test_the_sides_of_length_control_are_mirrored() -> None:
+    lengths = np.array([5.0, -2.0, 8.0, 1.0, -7.0, 3.0] * 10)
+    wins = np.array([1.0, 0.0, 1.0, 0.0, 0.5, 1.0] * 10)
+    ours = statistics.length_controlled_win_rate(wins, lengths)
+    theirs = statistics.length_controlled_win_rate(1 - wins, -lengths)
+    assert ours.win_rate.value + theirs.win_rate.value == pytest.approx(1.0)
+    # Longer responses win here, whoever wrote them.
+    assert ours.length_effect == pytest.approx(theirs.length_effect)
+    assert ours.length_effect > 0
+
+
 def test_ratings_by_hand() -> None:
     # Odds of 300 to 100, with half a prior game's tenth on both sides: 400 log10(300.05 / 100.05).
     strong, weak = statistics.bradley_terry([[0.0, 300.0], [100.0, 0.0]])
@@ -229,6 +251,24 @@ def test_ratings_are_the_maximum_of_the_likelihood() -> None:
     best = likelihood(ratings)
     for index, step in itertools.product(range(3), (-1.0, 1.0)):
         assert likelihood(ratings + step * np.eye(3)[index]) < best
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        {(0, 1): 60, (1, 0): 40, (2, 3): 1000},  # two islands that never met
+        {(0, 1): 100, (1, 2): 100, (2, 3): 100},  # a chain in which each always wins
+        {(0, 1): 1e6, (0, 2): 1e6, (0, 3): 1e6},
+    ],
+)
+def test_ratings_of_methods_that_never_met(pairs: dict[tuple[int, int], float]) -> None:
+    """At the maximum each method's expected wins are those that it has, the prior's games included."""
+    counts = PRIOR_GAMES / 2 * (1 - np.eye(4))
+    for pair, wins in pairs.items():
+        counts[pair] += wins
+    ratings = np.array(statistics.bradley_terry(counts - PRIOR_GAMES / 2 * (1 - np.eye(4))))
+    expected = (counts + counts.T) / (1 + 10 ** ((ratings[None, :] - ratings[:, None]) / 400))
+    assert expected.sum(axis=1) == pytest.approx(counts.sum(axis=1), rel=1e-9, abs=1e-9)
 
 
 def test_rating_intervals() -> None:

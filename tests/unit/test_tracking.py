@@ -118,6 +118,8 @@ def test_full_disk_while_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 class FakeRun:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
+        # The steps that the server has of earlier attempts.
+        self.starting_step = 0
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.defined: list[tuple[str, dict[str, Any]]] = []
         self.config: dict[str, Any] = {}
@@ -171,6 +173,7 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.runs: list[FakeRun] = []
         self.fails: set[str] = set()
+        self.starting_step = 0
         self.Artifact = FakeArtifact
         self.teardowns = 0
 
@@ -179,6 +182,7 @@ class FakeWandb(types.ModuleType):
             # W&B has exceptions without a public base class.
             raise type("ServerError", (Exception,), {"__module__": "wandb.sdk.somewhere"})("no server")
         self.runs.append(FakeRun(arguments))
+        self.runs[-1].starting_step = self.starting_step
         return self.runs[-1]
 
     def teardown(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.config.tracking import TrackingConfig
 from rlhf.errors import Stopped
-from rlhf.runs import manifest, wandb_logger
+from rlhf.runs import manifest, wandb_logger, wandb_offline
 from rlhf.runs.folder import RunFolder, StageResult
 from rlhf.runs.sinks import result_metrics
 from rlhf.runs.tracking import StageSinks, Tracker, record_result
@@ -241,15 +241,15 @@ def test_the_arms_of_a_study_in_a_sweep_are_in_none(
 def test_the_command_that_uploads_offline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = RunFolder(Path("runs/x/seed1"))
-    assert wandb_logger.sync_command(run) is None
+    assert wandb_offline.sync_command(run) is None
     for name in ("wandb/offline-run-1-a", "wandb/offline-run-2-a", "wandb/run-3-a"):
         (run.path / name).mkdir(parents=True)
-    assert wandb_logger.sync_command(run) == "wandb sync runs/x/seed1/wandb/offline-run-*"
+    assert wandb_offline.sync_command(run) == "wandb sync runs/x/seed1/wandb/offline-run-*"
     for name in ("arms/one", "arms/two", "arms/ppo/beta"):
         (run.path / name / "wandb/offline-run-4-b").mkdir(parents=True)
     (run.path / "wandb/offline-run-1-a/run-a.wandb.synced").touch()
     (run.path / "wandb/offline-run-2-a/run-a.wandb.synced").touch()
-    assert wandb_logger.sync_command(run) == (
+    assert wandb_offline.sync_command(run) == (
         "wandb sync runs/x/seed1/arms/*/wandb/offline-run-* runs/x/seed1/arms/*/*/wandb/offline-run-*"
     )
 

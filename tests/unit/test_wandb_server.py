@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rlhf.runs.folder import RunFolder
-from rlhf.runs.wandb_logger import sync_command
+from rlhf.runs.wandb_offline import sync_command
 from tests.command import environment
 from tests.unit.wandb_server import wandb_server
 
@@ -31,6 +31,7 @@ for resume_step, first, last in ((0, 1, 3), (2, 3, 4)):
             with Tracker.open(run, tracking, "ppo", 4, resume_step, config, sinks=sinks) as tracker:
                 for step in range(first, last + 1):
                     tracker.log(step, {"ppo/loss": 1 / step, "perf/x": 2.0})
+                    tracker.log_samples(step, [{"prompt": "a", "score": 1.0}])
                 if last == 3:
                     raise Stopped(15, 2)
             (run.stage("ppo").path / "model").mkdir()
@@ -74,7 +75,8 @@ def test_online_and_synced_runs_are_continued_and_whole(tmp_path: Path) -> None:
         assert received.offsets[run][0] == 0
         assert received.offsets[run][-1] == 3
         assert received.summaries[run]["ppo/win_rate"] == 0.75
-        assert sorted(received.artifacts[run]) == [
+        assert all(row["ppo/samples"]["nrows"] == 1 for row in received.rows[run])
+        assert sorted(one for one in received.artifacts[run] if not one[0].startswith("run-")) == [
             ("data-embedded", "used"),
             ("hub-openai-gpt2", "used"),
             ("x-ppo-model", "made"),

@@ -1,11 +1,11 @@
-"""Reads what W&B wrote offline: the records of a `.wandb` file, whose format is that of LevelDB's log."""
+"""Reads what W&B wrote offline, and writes the like: a `.wandb` file has the format of LevelDB's log."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,29 @@ def records(path: Path) -> Iterator[Any]:
             message.ParseFromString(b"".join(parts))
             parts = []
             yield message
+
+
+def write(path: Path, steps: Iterable[int], *, text: str = "") -> bytes:
+    """An offline file with a line of history for each step, each with `text` in it; returns what was written."""
+    proto = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    content = b":W&B" + bytes(_FILE_HEADER - 4)
+    for step in steps:
+        record = proto.Record()
+        record.history.step.num = step
+        record.history.item.add(key="text", value_json=json.dumps(text))
+        rest, first = record.SerializeToString(), True
+        while rest or first:
+            left = _BLOCK - len(content) % _BLOCK
+            if left < 7:
+                content += bytes(left)
+                continue
+            part, rest = rest[: left - 7], rest[left - 7 :]
+            kind = (1 if first else 4) if not rest else (2 if first else 3)
+            content += struct.pack("<IHB", 0, len(part), kind) + part
+            first = False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return content
 
 
 def items(entries: Any) -> dict[str, Any]:

@@ -91,6 +91,12 @@ class _Handler(BaseHTTPRequestHandler):
         if operation == "CreateArtifactManifest":
             file = {"id": "F", "name": "f", "displayName": "f", "uploadUrl": f"{received.address}/manifest"}
             return {"createArtifactManifest": {"artifactManifest": {"id": "M", "file": {**file, "uploadHeaders": []}}}}
+        if operation == "CreateArtifactFiles":
+            return {
+                "createArtifactFiles": {
+                    "files": {"edges": [self._file(one) for one in variables["input"]["artifactFiles"]]}
+                }
+            }
         if operation == "CommitArtifact":
             return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "d"}}}
         if operation == "UseArtifact":
@@ -105,6 +111,12 @@ class _Handler(BaseHTTPRequestHandler):
         if "viewer" in query:
             return {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
         return {}
+
+    def _file(self, sent: dict[str, Any]) -> dict[str, Any]:
+        """Where one file of an artifact goes."""
+        place = {"uploadUrl": f"{self.received.address}/artifact_file", "uploadHeaders": []}
+        known = {"id": "f", "name": sent["name"], "displayName": sent["name"], "storagePath": sent["name"]}
+        return {"node": {**known, **place, "uploadMultipartUrls": None, "artifact": {"id": sent["artifactID"]}}}
 
     def _bucket(self, name: str) -> dict[str, Any]:
         rows = self.received.rows.get(name, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,14 +45,21 @@ def is_comparison(arguments: Sequence[str]) -> bool:
         name, equals, value = argument.partition("=")
         if not argument.startswith("-") and not equals:
             return True
-        if equals and name not in OPTIONS and _is_label(name) and Path(value).expanduser().is_dir():
+        if equals and name not in OPTIONS and _is_label(name) and _is_place(value):
             return True
     return False
+
+
+def _is_place(text: str) -> bool:
+    """A folder, a pattern of folders, or what is written as one: no value of a config's key looks like that."""
+    return Path(text).expanduser().is_dir() or "/" in text or glob.has_magic(text)
 
 
 def run_report(arguments: Sequence[str]) -> int:
     """Compares the runs, writes the page and prints a table. Raises `ConfigError`, `StorageError`."""
     request = read_arguments(arguments)
+    if request.to is not None and Path(request.to).expanduser().is_dir():
+        raise ConfigError(f"to={request.to} is a folder: name the file to write, such as to={request.to}/{PAGE}")
     runs = [Run.read(one.path, one.label) for one in run_folders(request.folders)]
     if len(runs) == 1 and not request.as_json:
         return _single(runs[0], request)
@@ -228,5 +236,6 @@ def _rate_json(one: Any) -> dict[str, Any]:
         "win_rate": one.rate.to_json(),
         "length_controlled": one.controlled.win_rate.to_json(),
         "length_effect": one.controlled.length_effect,
+        "extrapolated": one.controlled.extrapolated,
         "num_prompts": one.num_prompts,
     }

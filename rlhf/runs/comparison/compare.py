@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rlhf import statistics
 from rlhf.runs.comparison.methods import Method
+from rlhf.runs.comparison.notes import answering, notes_on
 from rlhf.runs.comparison.records import MEASURES, Answered, Response, Run
 from rlhf.runs.report_sections import SHARES
 from rlhf.runs.results import Estimate
@@ -26,7 +27,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Result:
-    """A result of a method: the mean over seeds with Student's interval, or the only seed's own."""
+    """A result of a method: the mean over the seeds that have it with Student's interval, or the only seed's own."""
 
     estimate: Estimate
     seeds: tuple[float, ...]
@@ -86,7 +87,7 @@ class Comparison:
 
 def compare(methods: Sequence[Method], *, confidence: float = 0.95, seed: int = 0) -> Comparison:
     """Compares the methods by all that their runs left."""
-    notes = _notes(methods)
+    notes = notes_on(methods)
     pairs = _pairs(methods)
     tests = [
         test
@@ -95,7 +96,9 @@ def compare(methods: Sequence[Method], *, confidence: float = 0.95, seed: int = 
         if (test := _test(first, second, measure, confidence, seed)) is not None
     ]
     if not any(test.measure == "score" for test in tests) and len(methods) > 1:
-        notes.append("no two methods answered the same prompts: there is no test on prompts, and no win rate")
+        notes.append(
+            "no two methods have scored responses to the same prompts: there is no test on prompts, and no win rate"
+        )
     rates = [rate for pair in pairs if (rate := _win_rate(*pair, confidence, seed)) is not None]
     baselines = {one.name: rate for one in methods if (rate := _baseline_rate(one, confidence, seed)) is not None}
     return Comparison(
@@ -110,15 +113,13 @@ def compare(methods: Sequence[Method], *, confidence: float = 0.95, seed: int = 
 
 
 def results_of(methods: Sequence[Method], confidence: float) -> dict[str, dict[str, Result]]:
-    """Of each result (`stage/name`) that all runs of a method have, the methods that have it with their estimate."""
+    """Of each result (`stage/name`) the methods that have it, with their estimate over the runs that have it."""
     found: dict[str, dict[str, Result]] = {}
     for method in methods:
-        for name in method.runs[0].results:
-            ones = [run.results.get(name) for run in method.runs]
-            if any(one is None for one in ones):
-                continue
-            values = tuple(one.value for one in ones if one is not None)
-            estimate = ones[0] or Estimate(values[0])
+        for name in dict.fromkeys(name for run in method.runs for name in run.results):
+            ones = [one for run in method.runs if (one := run.results.get(name)) is not None]
+            values = tuple(one.value for one in ones)
+            estimate = ones[0]
             if len(values) > 1:
                 interval = statistics.t_interval(values, confidence=confidence)
                 estimate = Estimate(*_within(name, values, interval))
@@ -133,53 +134,25 @@ def _within(name: str, values: Sequence[float], interval: Interval) -> tuple[flo
     return interval.value, interval.low, interval.high
 
 
-def _notes(methods: Sequence[Method]) -> list[str]:
-    """What the reader must know before reading a number."""
-    notes = []
-    runs = [run for method in methods for run in method.runs]
-    for run in runs:
-        if run.status == "running":
-            notes.append(f"{run.folder.path} is still running: its numbers are those of now")
-        elif run.status not in ("finished", "unknown"):
-            notes.append(f"{run.folder.path} is not finished: its status is {run.status}")
-    single = [method.name for method in methods if len(method.runs) < 2]
-    if single:
-        what = "every method" if len(single) == len(methods) else " and ".join(single)
-        notes.append(
-            f"{what} has one seed alone: seeds were not varied, so intervals and tests are over prompts and speak of "
-            "these trained models, not of the methods"
-        )
-    judges = {run.judge for run in runs if run.judge is not None}
-    if len(judges) > 1:
-        notes.append(f"the runs have different judges ({', '.join(sorted(judges))}): their scores are not comparable")
-    relative = [run for run in runs if (run.judge or "").startswith("language_model")]
-    if len({run.baseline for run in relative}) > 1:
-        notes.append(
-            "the language model compared each policy with its own run's baseline, and the baselines differ: a score "
-            "says how much better than its baseline a response is"
-        )
-    partial = [run.folder.path.name for run in runs if run.answers and not run.has_all_responses]
-    if partial:
-        notes.append(
-            f"{len(partial)} of {len(runs)} runs kept the responses of their sample table alone: the tests use these "
-            "prompts. `rlhf evaluate` on such a run writes stages/evaluate/responses.jsonl with all of them"
-        )
-    return notes
-
-
 def _pairs(methods: Sequence[Method]) -> list[tuple[Method, Method]]:
     if len(methods) <= MOST_COMPARED:
         return list(itertools.combinations(methods, 2))
     return [(methods[0], other) for other in methods[1:]]
 
 
-def _shared(first: Method, second: Method) -> tuple[list[Run], list[Run], bool]:
-    """The runs to compare, and whether they are paired by seed: two common seeds at least, or one that is all."""
-    ours, theirs = ({run.seed: run for run in one.runs if run.seed is not None} for one in (first, second))
+def _shared(first: Method, second: Method, measure: str) -> tuple[list[Run], list[Run], bool]:
+    """The runs that have the measure, and whether they are paired by seed: two common seeds at least, or the only one.
+
+    Of paired methods the runs of seeds that one side alone has are left out. Empty where a side has no such run.
+    """
+    both = answering(first, measure), answering(second, measure)
+    if not all(both):
+        return [], [], False
+    ours, theirs = ({run.seed: run for run in side if run.seed is not None} for side in both)
     common = [seed for seed in ours if seed in theirs]
     if common and (len(common) > 1 or len(ours) == len(theirs) == 1):
         return [ours[seed] for seed in common], [theirs[seed] for seed in common], True
-    return list(first.runs), list(second.runs), False
+    return *both, False
 
 
 def _prompts(runs: Iterable[Run], measure: str) -> list[str]:
@@ -196,7 +169,7 @@ def _matrix(runs: Sequence[Run], prompts: Sequence[str], measure: str) -> Array:
 
 
 def _test(first: Method, second: Method, measure: str, confidence: float, seed: int) -> Test | None:
-    ours, theirs, paired = _shared(first, second)
+    ours, theirs, paired = _shared(first, second, measure)
     prompts = _prompts([*ours, *theirs], measure)
     if len(prompts) < FEWEST_PROMPTS:
         return None
@@ -242,7 +215,7 @@ def _wins(mine: Array, other: Array) -> Array:
 
 
 def _win_rate(first: Method, second: Method, confidence: float, seed: int) -> WinRate | None:
-    ours, theirs, paired = _shared(first, second)
+    ours, theirs, paired = _shared(first, second, "score")
     prompts = _prompts([*ours, *theirs], "score")
     if len(prompts) < FEWEST_PROMPTS:
         return None
@@ -253,14 +226,15 @@ def _win_rate(first: Method, second: Method, confidence: float, seed: int) -> Wi
 
 def _baseline_rate(method: Method, confidence: float, seed: int) -> WinRate | None:
     """The method's runs against their own baselines."""
+    runs = answering(method, "score")
     prompts = [
         name
-        for name in _prompts(method.runs, "score")
-        if all((base := run.answers[name].baseline) is not None and "score" in base.numbers for run in method.runs)
+        for name in _prompts(runs, "score")
+        if all((base := run.answers[name].baseline) is not None and "score" in base.numbers for run in runs)
     ]
     if len(prompts) < FEWEST_PROMPTS:
         return None
-    sides = [[_sides(run.answers[name]) for name in prompts] for run in method.runs]
+    sides = [[_sides(run.answers[name]) for name in prompts] for run in runs]
     return _rate(method.name, "baseline", sides, 1, confidence, seed)
 
 
@@ -308,14 +282,14 @@ def _rate(
 
 
 def _ratings(methods: Sequence[Method], confidence: float, seed: int) -> dict[str, Interval]:
-    """Bradley-Terry ratings of three methods or more that answered the same prompts."""
-    runs = [run for method in methods for run in method.runs]
-    prompts = _prompts(runs, "score")
+    """Bradley-Terry ratings of three methods or more that answered the same prompts; the others have none."""
+    methods = [method for method in methods if answering(method, "score")]
+    prompts = _prompts([run for method in methods for run in answering(method, "score")], "score")
     if len(methods) < 3 or len(prompts) < FEWEST_PROMPTS:
         return {}
     outcomes = np.zeros((len(prompts), len(methods), len(methods)))
     for (row, first), (column, second) in itertools.combinations(enumerate(methods), 2):
-        ours, theirs, paired = _shared(first, second)
+        ours, theirs, paired = _shared(first, second, "score")
         together = list(zip(ours, theirs, strict=True)) if paired else list(itertools.product(ours, theirs))
         mine = _matrix([one for one, _ in together], prompts, "score")
         other = _matrix([two for _, two in together], prompts, "score")

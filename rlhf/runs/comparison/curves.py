@@ -107,7 +107,7 @@ def _unit(stage: str, name: str) -> str:
 
 
 def _line(method: Method, stage: str, name: str, axis: str, confidence: float) -> Line | None:
-    """The mean over the method's runs, on places that all of them reached."""
+    """The mean over the method's runs that logged the number, on places that all of these reached."""
     curves = []
     for run in method.runs:
         entries = run.metrics.get(stage, [])
@@ -119,9 +119,7 @@ def _line(method: Method, stage: str, name: str, axis: str, confidence: float) -
         ]
         if points:
             curves.append((np.array([x for x, _ in points]), np.array([y for _, y in points])))
-    if len(curves) < len(method.runs) or not curves:
-        return None
-    return mean_line(method.name, curves, confidence)
+    return mean_line(method.name, curves, confidence) if curves else None
 
 
 def mean_line(name: str, curves: Sequence[tuple[Any, Any]], confidence: float) -> Line | None:

@@ -78,7 +78,7 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """`trial10` after `trial9`; digits behind a zero are a fraction's, and ordered as text."""
+    """`trial10` after `trial9` and `trial0`; digits behind a zero are a fraction's, and ordered as text."""
     pieces: list[tuple[int, int, str]] = []
     digits = ""
     for letter in [*path.name, ""]:
@@ -86,7 +86,8 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
             digits += letter
             continue
         if digits:
-            pieces.append((1, 0, digits) if digits.startswith("0") else (0, int(digits), ""))
+            is_fraction = len(digits) > 1 and digits.startswith("0")
+            pieces.append((1, 0, digits) if is_fraction else (0, int(digits), ""))
             digits = ""
         pieces.append((1, 0, letter))
     return pieces

@@ -112,16 +112,16 @@ def _differing(runs: Sequence[Run], flat: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def _deciding(runs: Sequence[Run], differing: Mapping[str, Values]) -> list[str]:
-    """The differing keys that make methods: inputs of other runs only where two runs of one seed need them."""
+    """The differing keys that make methods: inputs of other runs only where they tell two runs of one seed apart."""
 
     def is_input(key: str) -> bool:
         return key.rpartition(".")[2] in _INPUTS and key not in _GIVEN
 
     keys = [key for key in differing if not is_input(key)]
     for key in filter(is_input, differing):
-        if len(set(_identities(runs, differing, keys))) == len(runs):
-            break
-        keys.append(key)
+        without, within = (len(set(_identities(runs, differing, some))) for some in (keys, [*keys, key]))
+        if within > without:
+            keys.append(key)
     return keys
 
 
@@ -203,14 +203,14 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _one_a_seed(name: str, runs: Sequence[Run], notes: list[str]) -> tuple[Run, ...]:
-    """Of several runs with one seed the one that started last: the others would count a seed twice."""
+    """Of several runs with one seed one: finished before others, then the one that started last."""
     kept: dict[int | None, Run] = {}
-    for run in sorted(runs, key=lambda run: str(run.manifest.get("started") or "")):
+    for run in sorted(runs, key=lambda run: (run.status == "finished", str(run.manifest.get("started") or ""))):
         other = kept.get(run.seed)
         if other is not None:
             notes.append(
                 f"{name}: {other.folder.path} and {run.folder.path} have the same seed {run.seed} and differ in no "
-                "key that decides the result; the one that was started last counts"
+                f"key that decides the result; {run.folder.path} counts"
             )
         kept[run.seed] = run
     return tuple(sorted(kept.values(), key=lambda run: math.inf if run.seed is None else run.seed))

@@ -111,6 +111,12 @@ class Run:
         inputs = decided.get("inputs") if isinstance(decided, dict) else None
         return str(inputs["baseline"]) if isinstance(inputs, dict) and "baseline" in inputs else None
 
+    @property
+    def data_content(self) -> str | None:
+        """The hash of the data that the run read; None when the manifest does not tell."""
+        data = self.manifest.get("data")
+        return str(data["hash"]) if isinstance(data, dict) and data.get("hash") else None
+
     @cached_property
     def metrics(self) -> dict[str, list[tuple[int, dict[str, float]]]]:
         """Of each stage its logged steps in order, each with its finite numbers."""

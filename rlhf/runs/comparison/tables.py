@@ -13,7 +13,7 @@ from rlhf.runs.comparison.compare import Comparison, Result, Test, WinRate
 from rlhf.runs.comparison.methods import Method
 from rlhf.runs.comparison.records import EVALUATE
 from rlhf.runs.results import NONE, Estimate, format_number
-from rlhf.statistics import Interval
+from rlhf.statistics import Interval, LengthControlled
 
 # Results of the evaluation that the first table has, in this order, as far as they are there.
 MAIN = (
@@ -72,7 +72,7 @@ def results_table(comparison: Comparison, colors: Mapping[str, str], confidence:
     heads = "".join(f'<th scope="col" class="n">{escape(result_label(name))}</th>' for name in names)
     lines = []
     for method in comparison.methods:
-        cells = "".join(f'<td class="n">{_result(comparison.results[name].get(method.name))}</td>' for name in names)
+        cells = "".join(f'<td class="n">{_result(comparison.results[name], method)}</td>' for name in names)
         prompts = sorted({len(run.answers) for run in method.runs if run.answers})
         count = (
             NONE if not prompts else f"{prompts[0]:,}" if len(prompts) == 1 else f"{prompts[0]:,} to {prompts[-1]:,}"
@@ -97,11 +97,11 @@ def all_results_table(comparison: Comparison) -> str:
     heads = "".join(f'<th scope="col" class="n method">{wrapping(one.name)}</th>' for one in comparison.methods)
     lines = [
         f'<tr><th scope="row"><code>{escape(name)}</code></th>'
-        + "".join(f'<td class="n">{_result(own.get(method.name))}</td>' for method in comparison.methods)
+        + "".join(f'<td class="n">{_result(own, method)}</td>' for method in comparison.methods)
         + "</tr>"
         for name, own in comparison.results.items()
     ]
-    return _table("All results that every seed of a method has.", f'<th scope="col">Result</th>{heads}', lines)
+    return _table("All results.", f'<th scope="col">Result</th>{heads}', lines)
 
 
 def tests_table(tests: Sequence[Test], confidence: float) -> str:
@@ -119,12 +119,12 @@ def tests_table(tests: Sequence[Test], confidence: float) -> str:
             f'<td class="n">{_p(found.p_value, test.adjusted)}</td>'
             f'<td class="n">{_p(test.p_prompts, test.adjusted_prompts)}</td>'
             + (f'<td class="n">{_p(test.p_seeds, test.adjusted_seeds)}</td>' if seeds else "")
-            + f'<td class="n">{_counts(test)}</td><td class="n">{test.num_prompts:,}</td></tr>'
+            + f'<td class="n">{_counts(test)}<span class="range">{test.num_prompts:,} prompts</span></td></tr>'
         )
     heads = ["Difference", "Paired bootstrap", "Effect size d", "p, seeds and prompts", "p, prompts"] + (
         ["p, seeds"] if seeds else []
     )
-    heads += ["Seeds", "Prompts"]
+    heads.append("Seeds, prompts")
     shown = "".join(f'<th scope="col" class="n">{head}</th>' for head in heads)
     pairs = "one pair" if len(tests) == 1 else f"{len(tests)} pairs"
     caption = (
@@ -147,7 +147,10 @@ def win_matrix(comparison: Comparison, colors: Mapping[str, str]) -> str:
     rated = '<th scope="col" class="n">Rating</th>' if comparison.ratings else ""
     caption = "Share of prompts on which the row's response scores higher than the column's, ties half."
     if comparison.ratings:
-        caption += " Ratings are Bradley and Terry's in Elo points (400 points are odds of ten to one), mean 0."
+        caption += (
+            " Ratings are Bradley and Terry's in Elo points (400 points are odds of ten to one), mean 0; their "
+            "intervals are over prompts alone and speak of these trained models."
+        )
     return _table(caption, f'<th scope="col">Wins against</th>{heads}{rated}', lines, "matrix")
 
 
@@ -156,18 +159,24 @@ def length_table(comparison: Comparison) -> str:
     pairs = [*comparison.win_rates, *comparison.against_baseline.values()]
     lines = [
         f'<tr><th scope="row" class="method">{wrapping(one.first)} against {wrapping(one.second)}</th>'
-        f'<td class="n">{_share(one.rate)}</td><td class="n">{_share(one.controlled.win_rate)}</td>'
+        f'<td class="n">{_share(one.rate)}</td><td class="n">{_controlled(one.controlled)}</td>'
         f'<td class="n">{_effect(one.controlled.length_effect)}</td><td class="n">{one.num_prompts:,}</td></tr>'
         for one in pairs
     ]
     heads = ("Win rate", "Length-controlled", "Effect of length", "Prompts")
     shown = "".join(f'<th scope="col" class="n">{head}</th>' for head in heads)
     return _table(
-        "Length-controlled: what the win rate would be at equal lengths in characters. Effect of length: the "
-        "coefficient of tanh(length difference / its standard deviation) in the log-odds of a win.",
+        "Length-controlled: what the win rate would be at equal lengths in characters; where one side is the longer "
+        "one on every prompt, the data does not tell. Effect of length: the coefficient of tanh(length difference / "
+        "its standard deviation) in the log-odds of a win.",
         f'<th scope="col">Methods</th>{shown}',
         lines,
     )
+
+
+def _controlled(one: LengthControlled) -> str:
+    """The rate, and where there is no response of either side near equal lengths, that the data does not tell it."""
+    return _share(one.win_rate) + ('<span class="range">not told by the data</span>' if one.extrapolated else "")
 
 
 def _effect(value: float) -> str:
@@ -257,8 +266,14 @@ def _table(caption: str, heads: str, lines: Sequence[str], kind: str = "") -> st
     )
 
 
-def _result(result: Result | None) -> str:
-    return NONE if result is None else _estimate(result.estimate)
+def _result(results_by_method: Mapping[str, Result], method: Method) -> str:
+    """The method's estimate, with the number of its runs that have the result where not all have."""
+    result = results_by_method.get(method.name)
+    if result is None:
+        return NONE
+    count, num_runs = len(result.seeds), len(method.runs)
+    few = "" if count == num_runs else f'<span class="range">{count} of {num_runs} seeds</span>'
+    return _estimate(result.estimate) + few
 
 
 def _estimate(one: Estimate) -> str:
