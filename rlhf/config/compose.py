@@ -179,7 +179,8 @@ def _check_choices(parsed: Arguments, files: Files, findings: Findings) -> dict[
 
 def _unknown_choice(group: str, text: str, source: str | None, files: Files) -> Problem:
     choices = files.choices(group)
-    names = close_names(text.removesuffix(".yaml").rpartition("/")[2], choices)
+    name = text.removesuffix(".yaml")
+    names = close_names(name, choices) or close_names(name.rpartition("/")[2], choices)
     message = "there is no such file" if text.endswith((".yaml", ".yml")) else "unknown choice"
     message += did_you_mean(names)
     message += f"\n      choices: {', '.join(choices)}, or the path of a YAML file"

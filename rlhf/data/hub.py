@@ -15,6 +15,7 @@ from rlhf.config.data import HubData
 from rlhf.data.assemble import RowsBySplit, assemble
 from rlhf.data.folders import split_of_name
 from rlhf.data.hub_access import http_errors, use_cache_if_hub_is_silent
+from rlhf.data.hub_export import is_about_a_script, load_export
 from rlhf.data.readers import Row, arrow_rows
 from rlhf.data.splits import SPLITS, BadRow, SplitName, Splits
 from rlhf.errors import ConfigError, DataError
@@ -134,8 +135,18 @@ def _load_folder(config: HubData) -> Any:
         raise DataError(f"data.path={config.path}: the saved data set is damaged: {error}") from error
 
 
-def _load_from_hub(config: HubData) -> Any:
+def _load_or_export(config: HubData) -> Any:
     import datasets
+
+    try:
+        return datasets.load_dataset(config.path, config.name, revision=config.revision)
+    except RuntimeError as error:
+        if not is_about_a_script(error):
+            raise
+    return load_export(config)
+
+
+def _load_from_hub(config: HubData) -> Any:
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
@@ -143,7 +154,7 @@ def _load_from_hub(config: HubData) -> Any:
     silent = use_cache_if_hub_is_silent()
     unreachable: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, HfHubHTTPError, *http_errors())
     try:
-        return datasets.load_dataset(config.path, config.name, revision=config.revision)
+        return _load_or_export(config)
     except (DatasetNotFoundError, RevisionNotFoundError) as error:
         raise ConfigError(
             f"{wanted}: the hub has no such data set, or it is private or gated (then `hf auth login` first): "

@@ -2,9 +2,9 @@
 
 Name and fields of a row; what a row gives:
 
-- `query_responses`: `query` with `response0`, `response1` and `choice`, the index of the better one (a comparison),
-  with `reference_response` (a demonstration), or alone (a prompt): TL;DR as Huang et al. 2024 (arXiv 2403.17031)
-  prepared it.
+- `query_responses`: `query` with `chosen` and `rejected`, or with `response0`, `response1` and `choice`, the index of
+  the better one (a comparison), with `reference_response` (a demonstration), or alone (a prompt): TL;DR as Huang et al.
+  2024 (arXiv 2403.17031) prepared it, later and earlier.
 - `summaries`: `info` with `subreddit`, `title`, `post`; `summaries`, two objects with `text`; and `choice`: the
   comparisons of openai/summarize_from_feedback. Rows on news articles, whose `info` has no post, are broken rows.
 - `post_summary`: `subreddit`, `title`, `post` and `summary`: the filtered TL;DR data. A demonstration, or a prompt.
@@ -49,6 +49,8 @@ def instruction_prompt(instruction: str, more: str | None) -> str:
 def parse_query_responses(row: Fields) -> Record:
     """TL;DR with its query laid out."""
     query = text_of(row, "query")
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        return _pair(query, [_behind(text_of(row, name)) for name in ("chosen", "rejected")], 0)
     if row.get("response0") is not None or row.get("response1") is not None:
         responses = [_behind(text_of(row, name)) for name in ("response0", "response1")]
         return _pair(query, responses, _index(row, "choice", 2))
@@ -159,7 +161,8 @@ _BOTH, _ALL = (Demonstration, Prompt), (Comparison, Demonstration, Prompt)
 # Recognised before all other formats: their rows have fields that those have too.
 FORMATS: dict[str, Format] = {
     "query_responses": Format(
-        "query with response0, response1 and choice, or with reference_response",
+        "query with chosen, rejected or response0, response1, choice, or with reference_response",
+        # A query with chosen and rejected is read so where the format is named: unnamed, it is `preference`.
         lambda row: "query" in row and ("response0" in row or "reference_response" in row),
         parse_query_responses,
         ("query",),

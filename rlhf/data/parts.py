@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rlhf.config.data import Kind, PartsData, SourceConfig
@@ -27,6 +30,18 @@ def require_source(config: PartsData, kind: Kind) -> SourceConfig:
             f"data.type=parts has no {kind}: set data.{kind}.type (files, hub, labelled_text or embedded) and its path"
         )
     return source
+
+
+@contextmanager
+def naming_the_part(config: PartsData, source: SourceConfig) -> Iterator[None]:
+    """Errors inside name a key as the config has it: `data.prompts.split`, where a source alone says `data.split`."""
+    name = next(name for name, part in config.sources().items() if part is source)
+    keys = "|".join(type(source).model_fields)
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        error.args = (re.sub(rf"\bdata\.(?=(?:{keys})\b)", f"data.{name}.", str(error)),)
+        raise
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rlhf.config.data import (
 from rlhf.data import labelled_text
 from rlhf.data.files import check_files, check_labelled_files, hash_files, load_files
 from rlhf.data.hub import check_hub, hash_hub, load_hub
-from rlhf.data.parts import HeldOut, require_source, without_leaks
+from rlhf.data.parts import HeldOut, naming_the_part, require_source, without_leaks
 from rlhf.data.splits import Splits
 from rlhf.errors import ConfigError
 from rlhf.records import Comparison, Demonstration, Prompt, PromptContent, RatedResponse, RecordT
@@ -33,7 +33,9 @@ LOADER_VERSION = 2
 def load_prompts(config: DataConfig) -> Splits[Prompt]:
     """Distinct prompts by split. Raises `ConfigError` when the data cannot give them, `DataError` for broken rows."""
     if isinstance(config, PartsData):
-        return load_prompts(require_source(config, "prompts"))
+        source = require_source(config, "prompts")
+        with naming_the_part(config, source):
+            return load_prompts(source)
     match config:
         case EmbeddedData():
             from rlhf.data import embedded
@@ -54,7 +56,9 @@ def load_demonstrations(config: DataConfig) -> Splits[Demonstration]:
     """Demonstrations by split; those of comparisons are the chosen responses. Errors as in `load_prompts`."""
     if isinstance(config, PartsData):
         source = require_source(config, "demonstrations")
-        return _apart_from_prompts(config, load_demonstrations(source), source, "demonstrations")
+        with naming_the_part(config, source):
+            demonstrations = load_demonstrations(source)
+        return _apart_from_prompts(config, demonstrations, source, "demonstrations")
     match config:
         case EmbeddedData():
             from rlhf.data import embedded
@@ -75,7 +79,9 @@ def load_comparisons(config: DataConfig) -> Splits[Comparison]:
     """The data's own comparisons by split. Errors as in `load_prompts`."""
     if isinstance(config, PartsData):
         source = require_source(config, "comparisons")
-        return _apart_from_prompts(config, load_comparisons(source), source, "comparisons")
+        with naming_the_part(config, source):
+            comparisons = load_comparisons(source)
+        return _apart_from_prompts(config, comparisons, source, "comparisons")
     match config:
         case EmbeddedData():
             raise ConfigError(
@@ -123,7 +129,7 @@ def _apart_from_prompts(
     prompts = require_source(config, "prompts")
     if prompts == source:
         return splits  # one source divides all its records alike
-    return without_leaks(splits, HeldOut.of(load_prompts(prompts)), source, kind)
+    return without_leaks(splits, HeldOut.of(load_prompts(config)), source, kind)
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
@@ -136,14 +142,16 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
 def data_content(config: DataConfig) -> str:
     """What identifies the content, whatever the settings: the hash of the files' bytes.
 
-    For the embedded corpus the version of its generator; for the hub the id, configuration and revision, so a branch
-    that moves is not noticed: give a commit as data.revision.
+    For the embedded corpus the version of its generator, and which of its files were edited; for the hub the id,
+    configuration and revision, so a branch that moves is not noticed: give a commit as data.revision.
     """
     match config:
         case EmbeddedData():
             from rlhf.data import embedded
+            from rlhf.data.embedded.edits import edited_files
 
-            return f"embedded {embedded.CORPUS_VERSION}"
+            edited = [f"{name} {digest}" for name, digest in edited_files().items()]
+            return f"embedded {embedded.CORPUS_VERSION}" + (f", edited: {', '.join(edited)}" if edited else "")
         case HubData():
             return hash_hub(config)
         case LabelledTextData(from_hub=True):
@@ -229,6 +237,7 @@ def preflight(config: DataConfig) -> None:
                     "data.type=parts names no source: set data.demonstrations.type=files, say, and its path"
                 )
             for source in config.sources().values():
-                preflight(source)
+                with naming_the_part(config, source):
+                    preflight(source)
         case _:
             assert_never(config)

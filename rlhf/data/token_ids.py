@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.data.readers import Row
@@ -41,7 +42,8 @@ def _load(path: str) -> PreTrainedTokenizerBase:
 
     from rlhf.data.hub_access import use_cache_if_hub_is_silent
 
-    use_cache_if_hub_is_silent()
+    if not Path(path).expanduser().is_dir():
+        use_cache_if_hub_is_silent()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

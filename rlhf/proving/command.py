@@ -24,6 +24,7 @@ from rlhf.config.compose import load_config
 from rlhf.config.data import source_of
 from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, ConfigError, UserError
 from rlhf.proving.scaling import changes, scaled
+from rlhf.runs.console import quiet_libraries
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.manifest import read_manifest
 from rlhf.terminal import say
@@ -41,10 +42,11 @@ _STEPS_SECONDS = 600.0
 
 @dataclass
 class Proof:
-    """The lines so far; `failed` counts those that say FAIL."""
+    """The lines so far; `failed` counts those that say FAIL. `names`: what messages call a path of the proof's own."""
 
     show: Callable[[str], None] = say
     failed: int = 0
+    names: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     @contextmanager
@@ -56,13 +58,18 @@ class Proof:
             yield said
         except UserError as error:
             self.failed += 1
-            self.show(f"FAIL  {title}  {time.monotonic() - started:.1f} s\n      {error}")
+            text = str(error)
+            for path, name in self.names.items():
+                text = text.replace(path, name)
+            self.show(f"FAIL  {title}  {time.monotonic() - started:.1f} s\n      {text}")
         else:
             self.show(f"PASS  {title}  {time.monotonic() - started:.1f} s  {'; '.join(said)}".rstrip())
 
 
 def run_prove(arguments: Sequence[str]) -> int:
     """Runs the proof. Raises `ConfigError` for a config that does not resolve; else 0, or 1 when a line says FAIL."""
+    quiet_libraries()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed warns that it finds no GPU
     keep, until, rest = _own_arguments(arguments)
     started = time.monotonic()
     config = load_config(rest).config
@@ -96,7 +103,7 @@ def prove(config: RLHFConfig, folder: Path, until: str, proof: Proof) -> None:
         return
     small: list[RLHFConfig] = []
     with proof.part("data") as said:
-        small.append(_make_stand_ins(config, folder, models, said))
+        small.append(_make_stand_ins(config, folder, models, said, proof.names))
     if "steps" in wanted and small:
         with proof.part("sizes") as said:
             shrunk = scaled(small[0])
@@ -155,14 +162,19 @@ def _plan(config: RLHFConfig, folder: Path, models: dict[str, tuple[PreTrainedCo
 
 
 def _make_stand_ins(
-    config: RLHFConfig, folder: Path, models: dict[str, tuple[PreTrainedConfig, str]], said: list[str]
+    config: RLHFConfig,
+    folder: Path,
+    models: dict[str, tuple[PreTrainedConfig, str]],
+    said: list[str],
+    names: dict[str, str],
 ) -> RLHFConfig:
     """The config on stand-ins, whose adapters have read every kind of record that the stages need."""
-    from rlhf.proving.stand_ins import texts_of, write_data, write_models
+    from rlhf.proving.stand_ins import names_of_data, texts_of, write_data, write_models
 
     small = write_models(config, folder / "models", models, texts_of(config))
     small, notes = write_data(small, folder / "data")
     said += notes
+    names |= names_of_data(config, small)
     data.preflight(small.data)
     loaders: dict[Kind, Callable[[Any], Any]] = {
         "demonstrations": data.load_demonstrations,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.data import FileData, HubData, LabelledTextData
+from rlhf.errors import ConfigError
 
 Row = dict[str, Any]
 NUM_ROWS, NUM_HELD_OUT = 48, 12
@@ -46,22 +48,24 @@ def _tldr(number: int) -> Row:
     return {**_post(number), "summary": sentence(number + 1), "query": _query(number), "reference_response": reference}
 
 
-def _tldr_pair(number: int) -> Row:
-    texts = [f" {sentence(number + 1)}<|endoftext|>", f" {sentence(number + 2)}<|endoftext|>"]
+def _summaries(number: int) -> Row:
+    texts = [f" {sentence(number + 1)}", f" {sentence(number + 2)}"]
     return {
         "info": {**_post(number), "article": None, "site": None},
         "summaries": [{"text": text, "policy": "sup", "note": None} for text in texts],
         "choice": number % 2,
         "worker": f"worker{number % 3}",
-        "query": _query(number),
-        "response0": texts[0],
-        "response1": texts[1],
+        "batch": "batch3",
+        "split": "train",
+        "extra": {"confidence": 1 + number % 9},
     }
 
 
-def _summaries(number: int) -> Row:
-    row = _tldr_pair(number)
-    return {name: row[name] for name in ("info", "summaries", "choice", "worker")}
+def _tldr_pair(number: int) -> Row:
+    row = _summaries(number)
+    better = row["choice"]
+    chosen, rejected = (f"{row['summaries'][place]['text']}<|endoftext|>" for place in (better, 1 - better))
+    return {**row, "query": _query(number), "chosen": chosen, "rejected": rejected}
 
 
 def _prompt_completion(number: int) -> Row:
@@ -124,10 +128,10 @@ class Schema:
 
 
 _TRAIN_TEST = ("train", "test")
-# By id, then by id and configuration.
+# By id, or by id and configuration where there are several.
 DATA_SETS: dict[str, Schema] = {
-    "cleanrl/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1704563162": Schema(_tldr),
-    "cleanrl/summarize_from_feedback_oai_preprocessing_1704563162": Schema(
+    "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144": Schema(_tldr),
+    "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144": Schema(
         _tldr_pair, ("train", "validation", "validation_cnndm")
     ),
     "openai/summarize_from_feedback": Schema(_summaries, ("train", "validation")),
@@ -136,8 +140,9 @@ DATA_SETS: dict[str, Schema] = {
     "stanfordnlp/imdb": Schema(_review, ("train", "test", "unsupervised"), 240),
     "Anthropic/hh-rlhf": Schema(_hh, _TRAIN_TEST),
     "tlc4418/1.4b-policy_preference_data_gold_labelled": Schema(_answers, ("train", "validation")),
-    "tatsu-lab/alpaca_farm": Schema(_instruction, ("sft", "preference", "unlabeled", "val")),
+    "tatsu-lab/alpaca_farm/alpaca_instructions": Schema(_instruction, ("sft", "preference", "unlabeled", "val")),
     "tatsu-lab/alpaca_farm/alpaca_human_preference": Schema(_outputs, ("preference",)),
+    "tatsu-lab/alpaca_farm/alpaca_noisy_multi_preference": Schema(_outputs, ("preference",)),
     "tatsu-lab/alpaca_farm/alpaca_gpt4_preference": Schema(_outputs, ("preference",)),
 }
 # For data sets that are not known, by the format that the config names.
@@ -156,14 +161,28 @@ FORMATS: dict[str, Schema] = {
 }
 
 
-def schema_of(source: FileData | HubData | LabelledTextData) -> Schema | None:
-    """The schema of a source by its id and configuration, else by its format; None where neither is known."""
-    if isinstance(source, LabelledTextData):
-        return DATA_SETS.get(source.path) if source.from_hub else None
-    named = (
-        None if isinstance(source, FileData) or source.name is None else DATA_SETS.get(f"{source.path}/{source.name}")
-    )
-    return named or DATA_SETS.get(source.path) or FORMATS.get(source.format)
+def known_schema(source: FileData | HubData | LabelledTextData, key: str) -> Schema | None:
+    """The schema of a data set that is known by its id and configuration; None for any other.
+
+    `key` is the source's place in the config. Raises `ConfigError` for a configuration that a known data set has not.
+    """
+    if isinstance(source, FileData) or (isinstance(source, LabelledTextData) and not source.from_hub):
+        return None
+    names = [name.removeprefix(f"{source.path}/") for name in DATA_SETS if name.startswith(f"{source.path}/")]
+    if not names:
+        return DATA_SETS.get(source.path)
+    if source.name not in names:
+        near = difflib.get_close_matches(source.name or "", names, n=1)
+        raise ConfigError(
+            f"{key}.name={source.name}: {source.path} has no such configuration; it has {', '.join(names)}"
+            + (f". Did you mean {near[0]}?" if near else "")
+        )
+    return DATA_SETS[f"{source.path}/{source.name}"]
+
+
+def schema_of_format(source: FileData | HubData | LabelledTextData) -> Schema | None:
+    """The schema of the row format that the config names for a source; None where it names none."""
+    return None if isinstance(source, LabelledTextData) else FORMATS.get(source.format)
 
 
 def rows_of(schema: Schema) -> dict[str, list[Row]]:

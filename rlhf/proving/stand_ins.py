@@ -12,7 +12,7 @@ from rlhf.config import RLHFConfig, config_from_values
 from rlhf.config.data import EmbeddedData, FileData, HubData, LabelledTextData, PartsData, SourceConfig
 from rlhf.errors import ConfigError
 from rlhf.proving.known_models import config_of
-from rlhf.proving.schemas import Row, rows_of, schema_of, sentence
+from rlhf.proving.schemas import Row, known_schema, rows_of, schema_of_format, sentence
 from rlhf.proving.tiny_models import Role, write_tiny
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def write_data(config: RLHFConfig, folder: Path) -> tuple[RLHFConfig, list[str]]
     """The config with stand-ins for its data sets in `folder`, and what stands for what.
 
     Files that are there are taken as they are. Raises `ConfigError` for a data set of which neither id nor format is
-    known. Token ids are written by the tokenizer that `decode_with` names, which must be a stand-in already.
+    known, and for a configuration that a known one has not. Token ids are written by the tokenizer that `decode_with`
+    names, which must be a stand-in already.
     """
     values = config.model_dump(mode="json")
     notes = []
@@ -147,9 +148,10 @@ def write_data(config: RLHFConfig, folder: Path) -> tuple[RLHFConfig, list[str]]
         if isinstance(source, EmbeddedData) or _is_there(source):
             notes.append(f"{name or 'data'}: as it is")
             continue
-        schema = schema_of(source)
+        key = f"data.{name}" if name else "data"
+        known = known_schema(source, key)
+        schema = known or schema_of_format(source)
         if schema is None:
-            key = f"data.{name}" if name else "data"
             raise ConfigError(
                 f"{key}.path={source.path} is no data set whose columns are known here: name its row format in "
                 f"{key}.format, or give a file that is there"
@@ -166,8 +168,21 @@ def write_data(config: RLHFConfig, folder: Path) -> tuple[RLHFConfig, list[str]]
             section["path"] = str(place)
             section["revision"] = None
         num_rows = sum(len(own) for own in rows.values())
-        notes.append(f"{name or 'data'}: {source.path} by {num_rows} rows of {', '.join(rows)}")
+        guessed = "" if known else f" (not known here: columns of format {getattr(source, 'format', None)})"
+        notes.append(f"{name or 'data'}: {source.path}{guessed} by {num_rows} rows of {', '.join(rows)}")
     return config_from_values(values, "the proof's data"), notes
+
+
+def names_of_data(before: RLHFConfig, after: RLHFConfig) -> dict[str, str]:
+    """By the path of a stand-in: what it stands for, for messages about it."""
+    real = sources_of(before)
+    pairs = [(real[name], source) for name, source in sources_of(after).items()]
+    return {
+        stand_in.path: f"{source.path} (its stand-in)"
+        for source, stand_in in pairs
+        if not isinstance(source, EmbeddedData) and not isinstance(stand_in, EmbeddedData)
+        if source.path != stand_in.path
+    }
 
 
 def _is_there(source: FileData | HubData | LabelledTextData) -> bool:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+import rlhf
 from rlhf.config.data import DataConfig, source_of
 from rlhf.config.rewards import (
     FUNCTION_INPUTS,
@@ -130,23 +131,31 @@ def check_columns(rewards: RewardConfigs, columns: Collection[str], section: str
             raise ConfigError(f"{key} needs the column {missing[0]}, which the data lacks; its columns are: {listed}")
 
 
+def function_path(file: str) -> Path:
+    """Where a reward's Python file is: here, else in the package's own checkout, whose configs name such files."""
+    path = Path(os.path.expanduser(file)).absolute()
+    beside = Path(rlhf.__file__).resolve().parent.parent / file
+    return beside if not path.exists() and beside.is_file() else path
+
+
 def _path(config: FunctionReward) -> Path:
-    return Path(os.path.expanduser(config.file)).absolute()
+    return function_path(config.file)
 
 
 def _check_function(config: FunctionReward, key: str, data: DataConfig | None) -> None:
-    tree = check_python_file(config.file, config.function, key)
+    tree = check_python_file(config.file, config.function, key, _path(config))
     function = _definition(tree, config.function)
     if function is not None:
         _check_signature(function, config, key, data)
 
 
-def check_python_file(file: str, function: str, key: str) -> ast.Module:
+def check_python_file(file: str, function: str, key: str, path: Path | None = None) -> ast.Module:
     """The syntax tree of a file that defines `function`; `key` is that of the section with `file` and `function`.
 
-    Raises `ConfigError` when it does not, or is no Python file.
+    `path` is where the file lies, unless that is as `file` says. Raises `ConfigError` when it does not, or is no Python
+    file.
     """
-    path = Path(os.path.expanduser(file)).absolute()
+    path = path or Path(os.path.expanduser(file)).absolute()
     if not path.is_file():
         raise ConfigError(f"{key}.file={file}: there is no such file (looked for {path})")
     if path.suffix != ".py":

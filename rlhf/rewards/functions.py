@@ -8,13 +8,11 @@ import importlib.util
 import inspect
 import math
 import numbers
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 from rlhf.config.rewards import FUNCTION_INPUTS, FunctionReward
 from rlhf.errors import ConfigError
 from rlhf.records import PromptContent, prompt_to_json
+from rlhf.rewards.checks import function_path
 from rlhf.rewards.protocol import RewardBatch, RewardError, shown
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -162,7 +161,7 @@ def load_function(config: FunctionReward, name: str, section: str = "ppo.rewards
     `ConfigError` when it cannot be run or does not define the function.
     """
     key = f"{section}.{name}"
-    path = Path(os.path.expanduser(config.file)).resolve()
+    path = function_path(config.file).resolve()
     module_name = _MODULE_PREFIX + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     specification = importlib.util.spec_from_file_location(module_name, path)
     if specification is None or specification.loader is None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from rlhf import data
 from rlhf.config.data import FileData, HubData, LabelledTextData
+from rlhf.data import hub_access
 from rlhf.data.formats import FORMATS, RowError, detect_format
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.scratch import train_tokenizer
@@ -110,7 +112,9 @@ def test_what_does_not_fit_says_why(name: str, row: dict[str, Any], said: str) -
         FORMATS[name].parse(row)
 
 
-def test_token_ids_are_decoded_by_the_tokenizer_that_wrote_them(tmp_path: Path) -> None:
+def test_token_ids_are_decoded_by_the_tokenizer_that_wrote_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = train_tokenizer(["once upon a time. it was good"] * 3, 270, 64)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
 
@@ -129,6 +133,9 @@ def test_token_ids_are_decoded_by_the_tokenizer_that_wrote_them(tmp_path: Path) 
     none: Any = {"splits": {"validation": 0.0, "test": 0.0}, "path": str(rows)}
     with pytest.raises(DataError, match="decode_with"):
         data.load_comparisons(FileData.model_validate(none))
+    # A folder is read without a question to the hub.
+    monkeypatch.setattr(hub_access, "why_silent", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     config = FileData.model_validate({**none, "decode_with": str(tmp_path / "tokenizer")})
     found = data.load_comparisons(config)
     assert found.train == [Comparison("once upon", " good", " a time"), Comparison("once upon", " good", " it was")]
@@ -147,7 +154,7 @@ def save(folder: Path, name: str) -> str:
 
 
 def test_one_split_of_a_data_set_is_divided(tmp_path: Path) -> None:
-    path = save(tmp_path / "farm", "tatsu-lab/alpaca_farm")
+    path = save(tmp_path / "farm", "tatsu-lab/alpaca_farm/alpaca_instructions")
     found = data.load_prompts(HubData(path=path, split="unlabeled", format="instruction"))
     assert len(found.train) + len(found.validation) + len(found.test) == 48
     with pytest.raises(ConfigError, match=r"no such split; it has sft, .*Did you mean unlabeled"):
@@ -167,6 +174,14 @@ def test_labelled_texts_come_from_the_hub_as_well(tmp_path: Path) -> None:
     assert data.data_hash(config) != data.data_hash(config.model_copy(update={"preferred_label": "0"}))
     with pytest.raises(ConfigError, match="not a folder written by save_to_disk"):
         data.preflight(config.model_copy(update={"path": str(tmp_path)}))
+
+
+def test_a_query_with_chosen_and_rejected_is_read_where_the_format_is_named() -> None:
+    row = {"query": "q TL;DR:", "chosen": " a<|endoftext|>", "rejected": "b", "choice": 1, "info": {}, "summaries": []}
+    assert FORMATS["query_responses"].parse(row) == Comparison("q TL;DR:", " a", " b")
+    assert detect_format({"query": "q", "chosen": "p a", "rejected": "p b"}) == "preference"
+    with pytest.raises(RowError, match="field 'rejected' is missing"):
+        FORMATS["query_responses"].parse({"query": "q", "chosen": "a"})
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))

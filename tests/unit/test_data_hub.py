@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import HfApi
 
 from rlhf.config.data import HubData, SplitConfig
 from rlhf.data import data_hash, load_comparisons, load_demonstrations, load_prompts, preflight
@@ -152,3 +153,67 @@ def test_arguments_reach_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(load_prompts(config("a/b", name="n", revision="r")).train) == 60
     assert calls == [(("a/b", "n"), {"revision": "r"})]
+
+
+EXPORT = [
+    "x/train/0000.parquet",
+    "x/train/0001.parquet",
+    "x/val/0000.parquet",
+    "y/partial-train/0000.parquet",
+    ".gitattributes",
+]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A data set that a script makes, and the hub's copy of it; what was asked of `datasets`."""
+    calls: list[Any] = []
+
+    def load(*args: Any, **kwargs: Any) -> datasets.DatasetDict:
+        calls.append((args, kwargs))
+        if args[0] != "parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found b.py")
+        return datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: EXPORT)
+    return calls
+
+
+def test_a_data_set_that_a_script_makes_is_read_from_the_hubs_copy(script: list[Any]) -> None:
+    """As tatsu-lab/alpaca_farm: `datasets` has not run scripts since version 4."""
+    assert len(load_prompts(config("a/b", name="x")).train) == 60
+    branch = "hf://datasets/a/b@refs/convert/parquet/x"
+    assert script[1] == (
+        ("parquet",),
+        {
+            "data_files": {
+                "train": [f"{branch}/train/0000.parquet", f"{branch}/train/0001.parquet"],
+                "val": [f"{branch}/val/0000.parquet"],
+            }
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"name": "xx"}, r"no configuration xx \(data.name\), only x, y. Did you mean x\?"),
+        ({}, r"no configuration None \(data.name\), only x, y"),
+        ({"name": "y"}, r"the beginning of it alone \(partial-train\)"),
+        ({"name": "x", "revision": "v2"}, "data.revision is v2"),
+    ],
+)
+def test_a_copy_that_does_not_do_says_why(script: list[Any], values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_prompts(config("a/b", **values))
+    assert len(script) == 1
+
+
+def test_other_errors_of_datasets_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        load_prompts(config("a/b"))

@@ -50,6 +50,18 @@ def with_part(parts: PartsData, name: str, **values: Any) -> PartsData:
     return PartsData.model_validate(body)
 
 
+def test_a_mistake_in_a_part_names_the_parts_key(parts: PartsData) -> None:
+    missing = with_part(parts, "prompts", path="no-such-file.jsonl")
+    for check in (data.preflight, data.load_prompts, data.load_demonstrations, data.load_comparisons):
+        with pytest.raises(ConfigError, match=r"data\.prompts\.path=no-such-file") as caught:
+            check(missing)
+        assert "data.path" not in str(caught.value)
+    none = with_part(parts, "comparisons", format="messages")
+    with pytest.raises((ConfigError, DataError), match="format messages") as refused:
+        data.load_comparisons(none)
+    assert "data.path" not in str(refused.value)
+
+
 def test_each_kind_comes_from_its_own_source(parts: PartsData) -> None:
     assert [row.prompt for row in data.load_demonstrations(parts).train] == [f"d{n}" for n in range(8)]
     assert [row.prompt for row in data.load_comparisons(parts).train] == [f"c{n}" for n in range(5)]

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf.config import RLHFConfig
 from rlhf.config.compose import load_config
+from rlhf.data import load_prompts
 from rlhf.data.tokenization import encode_prompt
 from rlhf.errors import ConfigError
 from rlhf.models.loading import load_policy, load_tokenizer
@@ -17,7 +18,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.proving.command import Proof, prove, run_prove
 from rlhf.proving.known_models import config_of, known_config
 from rlhf.proving.scaling import changes, scaled
-from rlhf.proving.stand_ins import named_models, write_data
+from rlhf.proving.stand_ins import named_models, names_of_data, write_data
 from rlhf.proving.tiny_models import write_tiny
 
 PAPER = "experiment=paper/lm_human_preferences"
@@ -124,7 +125,9 @@ def test_a_data_set_nobody_knows_needs_a_format(tmp_path: Path) -> None:
         write_data(config, tmp_path)
     found, notes = write_data(paper("hh", "data.path=someone/something"), tmp_path)
     assert (tmp_path / "data/dataset_dict.json").is_file()
-    assert notes == ["data: someone/something by 72 rows of train, validation, test"]
+    assert notes == [
+        "data: someone/something (not known here: columns of format hh) by 72 rows of train, validation, test"
+    ]
     assert found.data != config.data
     # A file that is there is read as it is.
     rows = tmp_path / "rows.jsonl"
@@ -132,6 +135,30 @@ def test_a_data_set_nobody_knows_needs_a_format(tmp_path: Path) -> None:
     assert write_data(paper("hh", "data=files", f"data.path={rows}", "data.format=auto"), tmp_path)[1] == [
         "data: as it is"
     ]
+
+
+def test_a_message_names_the_data_set_and_not_its_stand_in(tmp_path: Path) -> None:
+    """The folder of the stand-in is gone when the message is read."""
+    config = paper("alpacafarm", "data.prompts.split=unlabelled")
+    small, _ = write_data(config, tmp_path)
+    lines: list[str] = []
+    proof = Proof(show=lines.append, names=names_of_data(config, small))
+    with proof.part("data"):
+        load_prompts(small.data)
+    assert proof.failed == 1
+    assert "data.prompts.split=unlabelled: tatsu-lab/alpaca_farm (its stand-in) has no such split" in lines[0]
+    assert str(tmp_path) not in lines[0]
+
+
+def test_a_configuration_that_a_known_data_set_has_not_is_refused(tmp_path: Path) -> None:
+    human = "data.comparisons.name=alpaca_human_preference"
+    assert "alpaca_farm by 48 rows of preference" in write_data(paper("alpacafarm", human), tmp_path)[1][1]
+    with pytest.raises(
+        ConfigError, match=r"data\.comparisons\.name=alpaca_human_pref: .*Did you mean alpaca_human_pref"
+    ):
+        write_data(paper("alpacafarm", "data.comparisons.name=alpaca_human_pref"), tmp_path / "again")
+    with pytest.raises(ConfigError, match=r"data\.prompts\.name=None: .* no such configuration; it has alpaca_instr"):
+        write_data(paper("alpacafarm", "data.prompts.name=null"), tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +192,7 @@ def test_a_proof_to_its_end_runs_every_stage_and_a_broken_one_says_so(
     lines = capfd.readouterr().out.splitlines()
     steps = [line.split()[:4] for line in lines if "steps of" in line]
     assert steps == [["PASS", "steps", "of", name] for name in ("reward_model", "ppo", "evaluate", "report")]
-    assert any(line.strip() == "ppo.num_updates: 1953 -> 2" for line in lines)
+    assert any(line.strip() == "ppo.num_updates: 1954 -> 2" for line in lines)
     assert lines[-1].startswith("PASS  paper_lm_human_preferences")
     metrics = [json.loads(line) for line in (tmp_path / "kept/run/metrics.jsonl").read_text().splitlines()]
     updates: list[dict[str, Any]] = [row for row in metrics if row["stage"] == "ppo"]

@@ -226,3 +226,21 @@ def test_numbers_of_numpy_count_and_too_large_ones_are_named() -> None:
     assert FunctionScorer(lambda **_: [np.bool_(True), np.float32(0.5)], "r").score(batch).tolist() == [1.0, 0.5]
     with pytest.raises(RewardError, match="expected a finite number"):
         FunctionScorer(lambda **_: [10**400, 1], "r").score(batch)
+
+
+def test_a_file_that_a_config_of_the_package_names_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "experiments/imdb_sentiment/sentiment.py"
+    reward = FunctionReward(file=name, function="positive_probability", arguments={"model": "a/b"})
+    checkout = Path(__file__).parents[2]
+    assert checks.reward_files({"mine": reward}) == [checkout / name]
+    checks.preflight({"mine": reward}, EmbeddedData())
+    assert callable(load_function(reward, "mine").function)
+    # What is here comes first, and what is nowhere is looked for here.
+    (tmp_path / "experiments/imdb_sentiment").mkdir(parents=True)
+    (tmp_path / name).write_text("def positive_probability(completions, model): return [0.0]\n")
+    assert checks.reward_files({"mine": reward}) == [tmp_path / name]
+    with pytest.raises(ConfigError, match=f"no such file .looked for {tmp_path}/nowhere.py"):
+        checks.preflight({"mine": reward.model_copy(update={"file": "nowhere.py"})}, EmbeddedData())

@@ -30,6 +30,7 @@ from rlhf.preferences.annotators.pool import TaskScorer
 from rlhf.preferences.annotators.protocol import ShownTask
 from rlhf.records import Prompt
 from rlhf.rewards.build import LoadedModel, LoadModel, build_rewards
+from rlhf.rewards.checks import function_path
 from rlhf.rewards.composition import WeightedReward
 from rlhf.rewards.protocol import RewardBatch, columns_by_name
 
@@ -118,7 +119,7 @@ def _settings(config: RewardConfig) -> dict[str, Any]:
     if isinstance(config, JudgeReward):
         return {name: value for name, value in values.items() if name not in PRACTICAL_FIELDS}
     if "file" in values:
-        values["file"] = file_hash(values["file"])
+        values["file"] = file_hash(str(function_path(values["file"])))
     if isinstance(config, ModelReward) and config.path is not None:
         values["path"] = str(Path(config.path).expanduser())
     return values
