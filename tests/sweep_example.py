@@ -32,7 +32,9 @@ x, steps = float(given.get("x", 0)), int(given.get("steps", 3))
 noise = 0.01 * int(given.get("seed", 0))
 (folder / "manifest.json").write_text(json.dumps({"code": {"commit": given.get("code", "abc"), "diff_hash": None}}))
 for step in range(done + 1, steps + 1):
-    time.sleep(float(given.get("pause", 0)))
+    while step == 2 and os.path.exists(given.get("wait_while", "")):
+        time.sleep(0.01)
+    time.sleep(60 if step == 5 and x > float(given.get("stuck_above", x)) else float(given.get("pause", 0)))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"stage": "s", "step": step, "score": -((x - 3) ** 2) + noise - 1 / step}) + "\\n")
     checkpoint.write_text(str(step))

@@ -25,6 +25,7 @@ from typing import Any
 
 from rlhf.runs.files import partial_path
 from rlhf.runs.jsonable import read_json
+from rlhf.runs.processes import place, started
 
 BEAT_SECONDS = 15.0
 # A network file system may show a file's time as it was a minute ago.
@@ -67,7 +68,7 @@ class Lease:
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
         own = os.getpid()
-        body = Holder(secrets.token_hex(8), socket.gethostname(), _place(), own, _started(own) or 0, dict(about))
+        body = Holder(secrets.token_hex(8), socket.gethostname(), place(), own, started(own) or 0, dict(about))
         descriptor = _create(path, json.dumps(vars(body)).encode())
         return None if descriptor is None else cls(path, descriptor, body.token)
 
@@ -156,7 +157,7 @@ def read_holder(path: Path) -> Holder | None:
 
 def _has_died(holder: Holder) -> bool:
     """Whether the holder ran here and does not any more; of another place nothing is known."""
-    return holder.place == _place() and _started(holder.process) != holder.started
+    return holder.place == place() and started(holder.process) != holder.started
 
 
 def _take_away(path: Path, token: str) -> None:
@@ -168,21 +169,3 @@ def _take_away(path: Path, token: str) -> None:
         if found is not None and found.token != token:
             os.link(aside, path)
         aside.unlink()
-
-
-def _place() -> str:
-    """Where process numbers mean the same: this boot of this host, this container."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
-
-
-def _started(process: int) -> int | None:
-    """When a process was started, in the kernel's ticks, which tells it from a later one of its number; None: gone."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])

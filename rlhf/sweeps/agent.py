@@ -18,13 +18,13 @@ from typing import Any
 from rlhf.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_SUCCESS, EXIT_WAITING, Stopped, UserError
 from rlhf.runs.files import disk_errors
 from rlhf.runs.jsonable import read_json
-from rlhf.runs.machine import code_state
 from rlhf.sweeps.command import own_verb, trial_command, trial_environment
 from rlhf.sweeps.folder import Sweep
 from rlhf.sweeps.hyperband import Verdict, judge
 from rlhf.sweeps.journal import SettingRecord, State, Trial, held_back
 from rlhf.sweeps.leases import SELF_STOP_SHARE
 from rlhf.sweeps.metric import History, final_value
+from rlhf.sweeps.outcome import Outcome, describe_code, describe_exit, no_metric
 from rlhf.sweeps.process import TrialProcess
 from rlhf.sweeps.search import Search, mean
 from rlhf.sweeps.space import SEED, label, program_arguments
@@ -36,18 +36,6 @@ EARLY_SECONDS, EARLY_FAILURES = 60.0, 3
 MOST_ATTEMPTS = 10
 POLL_SECONDS = (0.02, 0.5)
 WAIT_SECONDS = 1.0
-
-
-@dataclass
-class Outcome:
-    """How an attempt ended. `released`: somebody shall go on with it; `lost`: somebody else already does."""
-
-    exit_code: int | None = None
-    pruned: Verdict | None = None
-    released: str | None = None
-    lost: bool = False
-    seconds: float = 0.0
-    tail: tuple[str, ...] = ()
 
 
 @dataclass
@@ -81,11 +69,13 @@ class Agent:
         self._histories: dict[int, History] = {}
         self._began = time.monotonic()
         self._early_failures: list[Trial] = []
+        self._misnamed: str | None = None
         self._taken: Trial | None = None
 
     def work(self) -> int:
         """Takes trials until there is none left. Returns the exit code; `Stopped` rises after the trial is released."""
         says_that_it_waits = False
+        self._open_study()
         try:
             while self.count is None or self.tally.total < self.count:
                 trial, reason = self._take()
@@ -112,6 +102,12 @@ class Agent:
         finally:
             self.leases.close()
 
+    def _open_study(self) -> None:
+        """A storage that cannot be used ends the agent before a trial, not after it."""
+        if self.sweep.file.metric is not None:
+            with self.journal.locked():
+                _ = self.search.study
+
     def _take(self) -> tuple[Trial | None, str | None]:
         """A trial that is ours from here on; else None and what others are still at (None: nothing at all)."""
         with self.journal.locked() as state:
@@ -137,7 +133,13 @@ class Agent:
             reason = self.leases.is_lost(trial.number, trial.attempt)
             if reason is None:
                 continue
-            fields = {"trial": trial.number, "attempt": trial.attempt, "agent": trial.agent}
+            seconds = round(self.leases.seconds_since(trial.number, trial.began), 3)
+            fields: dict[str, Any] = {
+                "trial": trial.number,
+                "attempt": trial.attempt,
+                "agent": trial.agent,
+                "seconds": seconds,
+            }
             if trial.attempt >= MOST_ATTEMPTS:
                 note = f"given up after {trial.attempt} attempts; the last one: {reason}"
                 self.journal.append("end", **fields, state="failed", note=note)
@@ -151,13 +153,12 @@ class Agent:
             return
         if self._target_reached(state):
             return
-        found = self.search.next_setting(state)
-        if found is None:
+        setting = self.search.next_setting(state)
+        if setting is None:
             return
-        setting, optuna_number = found
         first = max(state.trials, default=-1) + 1
         trials = [[first + index, seed] for index, seed in enumerate(seeds)]
-        self.journal.append("setting", setting=len(state.settings), values=setting, optuna=optuna_number, trials=trials)
+        self.journal.append("setting", setting=len(state.settings), values=setting, trials=trials)
 
     def _target_reached(self, state: State) -> bool:
         metric = self.sweep.file.metric
@@ -301,7 +302,10 @@ class Agent:
             return {"kind": "end", "state": "finished", "exit_code": code} | self._code(trial)
         value, names = final_value(self.sweep.folder.trial(trial.number), metric.name)
         if value is None:
-            return {"kind": "end", "state": "failed", "exit_code": code, "note": no_metric(metric.name, names)}
+            note = no_metric(metric.name, names)
+            if metric.name not in names and all(one.value is None for one in self.journal.state.trials.values()):
+                self._misnamed = note if note.endswith("?") else f"{note}."
+            return {"kind": "end", "state": "failed", "exit_code": code, "note": note}
         return {"kind": "end", "state": "finished", "value": value, "exit_code": code} | self._code(trial)
 
     def _code(self, trial: Trial) -> dict[str, Any]:
@@ -330,7 +334,7 @@ class Agent:
         value = mean(values) if values and kind != "failed" else None
         self.journal.append("setting_end", setting=record.number, state=kind, value=value)
         if self.sweep.file.metric is not None:
-            self.search.tell(state, state.settings[record.number])
+            self.search.tell(state.settings[record.number])
 
     def _say_end(self, trial: Trial, outcome: Outcome, what: str) -> None:
         metric = self.sweep.file.metric
@@ -342,6 +346,13 @@ class Agent:
                 say(f"    {line}")
 
     def _gives_up(self) -> bool:
+        if self._misnamed is not None:
+            warn(
+                f"agent {self.name} gives up, as no trial has reported the metric. The last one ended well, but "
+                f"{self._misnamed} A sweep keeps its file: mend the metric's name in the file that it was created "
+                "from, and create another sweep with name=NAME"
+            )
+            return True
         if len(self._early_failures) < EARLY_FAILURES or os.environ.get("WANDB_AGENT_DISABLE_FLAPPING") == "true":
             return False
         trial = self._early_failures[-1]
@@ -360,33 +371,3 @@ def shared_stages(sweep: Sweep) -> list[str]:
     if own_verb(sweep.file.command) is None or "cache" not in RunConfig.model_fields:
         return []
     return [f"run.cache={sweep.folder.cache.absolute()}"]
-
-
-def describe_exit(code: int | None) -> str:
-    """An exit code in words."""
-    if code == 137:
-        return "exit code 137: killed by SIGKILL, most often for using too much memory"
-    if code is not None and code > 128:
-        return f"exit code {code}: ended by signal {code - 128}"
-    return f"exit code {code}"
-
-
-def describe_code(code: dict[str, Any]) -> str | None:
-    """A commit and what was changed since, as one word; None where the package does not run from a checkout."""
-    commit, diff = code.get("commit"), code.get("diff_hash")
-    if not commit:
-        return None
-    return f"{commit[:10]}+{diff[:8]}" if diff else str(commit[:10])
-
-
-def own_code() -> str | None:
-    """The code that this process runs on."""
-    return describe_code(code_state())
-
-
-def no_metric(name: str, names: set[str]) -> str:
-    """Why a trial that ended well has no value."""
-    from rlhf.config.errors import close_names, did_you_mean
-
-    hint = did_you_mean(close_names(name, sorted(names)))
-    return f"it reported no finite {name}, but {', '.join(sorted(names)) or 'nothing at all'}{hint}"

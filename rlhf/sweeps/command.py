@@ -35,8 +35,14 @@ MACROS = (
 FOLDER_VARIABLE = "RLHF_TRIAL_FOLDER"
 # Verbs of `rlhf` that make a run folder.
 RUNS = ("run", "sft", "collect", "reward-model", "reward-report", "ppo", "dpo", "best-of-n", "evaluate")
-# Variables of a W&B agent around us: its server knows nothing of our trials.
-FOREIGN = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID")
+# Macros with which `rlhf` would not get the values: one leaves out what is false, the other is no `key=value`.
+NOT_FOR_US = ("args_no_boolean_flags", "args_json")
+# Variables of a W&B agent around us: its server knows nothing of our trials. And those by which srun or torchrun tell
+# their tasks apart: each of several agents that they started runs trials of its own, which are no ranks of one group.
+FOREIGN = (
+    *("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID"),
+)
 
 
 def unknown_macros(words: Sequence[str]) -> list[str]:
@@ -91,6 +97,16 @@ def own_verb(words: Sequence[str]) -> int | None:
     return None
 
 
+def with_verb(words: tuple[str, ...], program: str | None) -> tuple[str, ...]:
+    """The command of a file whose `program` is our own script: there the verb is `run` unless the command has one."""
+    if program is None or Path(program).name != "rlhf" or "${program}" not in words:
+        return words
+    at = words.index("${program}")
+    rest = words[at + 1 :] if words[at + 1 : at + 2] and words[at + 1] in RUNS else ("run", *words[at + 1 :])
+    # W&B's own way to start a Python script is ours to start this very package.
+    return ("rlhf", *rest) if words[:at] == ("${env}", "${interpreter}") else (*words[:at], program, *rest)
+
+
 def fixed_arguments(words: Sequence[str], environment: Mapping[str, str]) -> list[str] | None:
     """What `command` itself says to `rlhf`, besides the parameters; None where it starts another program."""
     verb = own_verb(words)
@@ -122,7 +138,7 @@ def trial_command(
 
 
 def trial_environment(folder: Path, sweep: str, trial: int) -> dict[str, str]:
-    """The variables of a trial's process: ours without those of an agent around us."""
+    """The variables of a trial's process: ours without those of an agent or a launcher around us."""
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
     environment.setdefault("WANDB_RUN_GROUP", sweep)
     environment.setdefault("WANDB_NAME", f"{sweep}-{trial}")
@@ -137,5 +153,8 @@ def check_command(words: Sequence[str], program: str | None, where: str) -> None
         raise ConfigError(f"{where}: command has {wrong[0]}, which is none of {known}")
     if not any(word[2:-1].startswith("args") for word in words if MACRO.fullmatch(word)):
         raise ConfigError(f"{where}: command hands no parameter to the program; add '${{args_no_hyphens}}' to the list")
-    if program is not None and "${program}" in words and not Path(program).is_file():
+    refused = [word for word in words if MACRO.fullmatch(word) and word[2:-1] in NOT_FOR_US]
+    if refused and own_verb(words) is not None:
+        raise ConfigError(f"{where}: `rlhf` cannot read {refused[0]}: write '${{args_no_hyphens}}' instead")
+    if program is not None and {"${program}", program} & {*words} and not Path(program).is_file():
         raise ConfigError(f"{where}: there is no program {program}")

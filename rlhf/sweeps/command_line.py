@@ -8,13 +8,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf.config.compose import packaged_config_folder
 from rlhf.config.errors import close_names, did_you_mean
 from rlhf.config.overrides import join_spaced
 from rlhf.errors import EXIT_SUCCESS, ConfigError
-from rlhf.sweeps.agent import Agent, own_code
+from rlhf.sweeps.agent import Agent
 from rlhf.sweeps.check import check_sweep
 from rlhf.sweeps.file import read_sweep_file
 from rlhf.sweeps.folder import JOURNAL_STORAGE, Sweep, SweepFolder, create, default_name, open_sweep, source_changed
+from rlhf.sweeps.outcome import own_code
 from rlhf.sweeps.space import Space
 from rlhf.terminal import say, warn
 
@@ -39,8 +41,12 @@ def run_sweep(arguments: Sequence[str]) -> int:
         return _retry(sweep) if words[0] == "retry" else _status(sweep, as_json="json" in flags)
     words, values, _ = _parse(arguments, CREATE_KEYS, (), SWEEP_USAGE)
     if len(words) != 1:
-        raise ConfigError(f"expected one sweep file: {SWEEP_USAGE}")
-    return _create(Path(words[0]).expanduser(), values)
+        hint = did_you_mean(close_names(words[0], ("status", "retry"))) if words else ""
+        raise ConfigError(f"expected one sweep file, found {' '.join(words) or 'none'}{hint}: {SWEEP_USAGE}")
+    path = Path(words[0]).expanduser()
+    if not path.exists():
+        raise ConfigError(f"there is no sweep file {path}{did_you_mean(near_files(path))}")
+    return _create(path, values)
 
 
 def run_agent(arguments: Sequence[str]) -> int:
@@ -57,6 +63,17 @@ def run_agent(arguments: Sequence[str]) -> int:
         )
     _warn_of_other_code(sweep)
     return Agent(sweep, count=count, wait="no-wait" not in flags).work()
+
+
+def near_files(path: Path) -> list[str]:
+    """Sweep files that a path most likely means: of its folder, of this one, or those that are shipped."""
+    found: dict[str, str] = {}
+    for folder in (path.parent, Path(), packaged_config_folder() / "sweep"):
+        for file in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
+            whole = file.absolute()
+            shown = whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else file
+            found.setdefault(file.stem, str(shown))
+    return [found[name] for name in close_names(path.stem, list(found))]
 
 
 def _create(path: Path, values: dict[str, str]) -> int:
@@ -147,7 +164,10 @@ def _parse(
         elif equals and key in keys:
             values[key] = value
         elif not lenient:
-            hint = did_you_mean(close_names(key, [*keys, *flags]))
+            near = close_names(key, [*keys, *flags])
+            if key in keys:
+                raise ConfigError(f"{argument} needs a value: {usage}")
+            hint = did_you_mean([f"--{one}" if one in (*flags, "count") else f"{one}=..." for one in near])
             raise ConfigError(f"unknown argument {argument}{hint}: {usage}")
     return words, values, found
 

@@ -76,6 +76,11 @@ class Distribution:
         return bool(self.values)
 
     @property
+    def is_choice(self) -> bool:
+        """Whether all values are written out and none is more likely than another."""
+        return self.is_listed and not self.probabilities
+
+    @property
     def in_grid(self) -> tuple[Any, ...] | None:
         """The values that a grid goes through, as W&B's does; None where it refuses."""
         if self.kind in ("constant", "categorical"):

@@ -18,6 +18,7 @@ import yaml
 from rlhf.config.errors import close_names, did_you_mean
 from rlhf.config.provenance import read_yaml
 from rlhf.errors import ConfigError
+from rlhf.sweeps.command import with_verb
 from rlhf.sweeps.distributions import NUMBERS, REQUIRED, WITHDRAWN, Distribution, infer_kind, optional
 
 Method = Literal["grid", "random", "bayes"]
@@ -338,6 +339,9 @@ def _check_grid(reader: _Reader, parameters: list[Parameter]) -> None:
 
 def _command(reader: _Reader, values: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
     program = values.get("program")
+    if program is not None and not isinstance(program, str):
+        reader.wrong(f"program: expected the path of a script, found {program!r}", "program")
+        program = str(program)
     command = values.get("command")
     if command is None:
         if program is None:
@@ -345,14 +349,14 @@ def _command(reader: _Reader, values: Mapping[str, Any]) -> tuple[tuple[str, ...
                 "nothing says what to start: add `command: [rlhf, run, experiment=NAME, '${args_no_hyphens}']`, or a "
                 "program"
             )
-        return DEFAULT_COMMAND, program
+        return with_verb(DEFAULT_COMMAND, program), program
     if not isinstance(command, list) or not all(isinstance(item, str | int | float) for item in command) or not command:
         reader.wrong("command: expected a list of words such as [rlhf, run, '${args_no_hyphens}']", "command")
         return DEFAULT_COMMAND, program
     words = tuple(str(item) for item in command)
     if "${program}" in words and program is None:
         reader.wrong("command has ${program}, and the file names no program", "command")
-    return words, program
+    return with_verb(words, program), program
 
 
 def _early_terminate(reader: _Reader, values: Mapping[str, Any], metric: Metric | None) -> EarlyTerminate | None:

@@ -157,24 +157,21 @@ def open_sweep(text: str, root: Path = Path("sweeps")) -> Sweep:
     """The sweep of a name or a folder. Raises `ConfigError` when there is none, or when its file was changed."""
     folder = find(text, root)
     body = read_json(folder.description)
-    if not isinstance(body, dict) or body.get("schema") != SCHEMA:
-        raise UserError(f"{folder.description} is not what `rlhf sweep` wrote; create the sweep anew")
+    try:
+        if body["schema"] != SCHEMA:
+            raise ValueError(body["schema"])
+        conditions = {name: Condition(one["on"], tuple(one["values"])) for name, one in body["conditions"].items()}
+        digested, source = str(body["digest"]), body.get("source")
+        seed, storage, lease_seconds = int(body["seed"]), str(body["storage"]), float(body["lease_seconds"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder.description} is not what `rlhf sweep` wrote; create the sweep anew") from error
     file = read_sweep_file(folder.file)
-    if digest(file.text) != body["digest"]:
+    if digest(file.text) != digested:
         raise ConfigError(
             f"{folder.file} was changed after the sweep had been created, and trials of two files do not belong "
             "together: take the change back, or create another sweep from the changed file with name=NAME."
         )
-    conditions = {name: Condition(one["on"], tuple(one["values"])) for name, one in body["conditions"].items()}
-    return Sweep(
-        folder,
-        file,
-        space_of(file, conditions),
-        int(body["seed"]),
-        str(body["storage"]),
-        float(body["lease_seconds"]),
-        body.get("source"),
-    )
+    return Sweep(folder, file, space_of(file, conditions), seed, storage, lease_seconds, source)
 
 
 def source_changed(sweep: Sweep) -> bool:

@@ -32,7 +32,10 @@ _HELD_BACK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass
 class Trial:
-    """One run of a setting with one seed. `attempt` counts how often it was handed out; older ones have no say."""
+    """One run of a setting with one seed. `attempt` counts how often it was handed out; older ones have no say.
+
+    `began` is when the latest did, in seconds since 1970; `seconds` what all of them took.
+    """
 
     number: int
     setting: int
@@ -40,6 +43,7 @@ class Trial:
     state: TrialState = "waiting"
     attempt: int = 0
     agent: str | None = None
+    began: float | None = None
     seconds: float = 0.0
     value: float | None = None
     exit_code: int | None = None
@@ -56,7 +60,6 @@ class SettingRecord:
     number: int
     values: dict[str, Any]
     trials: list[int] = field(default_factory=list)
-    optuna: int | None = None
     state: Literal["open", "finished", "failed", "pruned"] = "open"
     value: float | None = None
 
@@ -72,7 +75,7 @@ class State:
         """Takes one event in. Events of an attempt that is not the trial's latest change nothing."""
         kind = event.get("event")
         if kind == "setting":
-            record = SettingRecord(event["setting"], dict(event["values"]), optuna=event.get("optuna"))
+            record = SettingRecord(event["setting"], dict(event["values"]))
             for number, seed in event["trials"]:
                 self.trials[number] = Trial(number, record.number, seed)
                 record.trials.append(number)
@@ -89,6 +92,7 @@ class State:
     def _apply_trial(self, trial: Trial, kind: str, event: Mapping[str, Any]) -> None:
         if kind == "start":
             trial.state, trial.attempt, trial.agent = "running", event["attempt"], event["agent"]
+            trial.began = event.get("time")
             return
         if kind == "skip":
             trial.state, trial.note = "skipped", event.get("note", "")
@@ -157,11 +161,7 @@ class Journal:
     def locked(self) -> Iterator[State]:
         """Keeps other agents out while the block reads the state, decides and appends. Signals wait until then."""
         with held_back():
-            try:
-                with disk_errors(self.path):
-                    descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
-            except FileNotFoundError as error:
-                raise UserError(f"{self.path} is gone: the sweep was deleted") from error
+            descriptor = self._open(os.O_RDWR | os.O_APPEND)
             try:
                 self._lock(descriptor)
                 self._descriptor = descriptor
@@ -173,7 +173,7 @@ class Journal:
 
     def look(self) -> State:
         """The state without taking the lock: for those who decide nothing."""
-        descriptor = os.open(self.path, os.O_RDONLY)
+        descriptor = self._open(os.O_RDONLY)
         try:
             self._catch_up(descriptor, repair=False)
         finally:
@@ -197,6 +197,13 @@ class Journal:
         """All events in order."""
         lines = self.path.read_bytes().split(b"\n")
         return [event for event in map(parse_line, lines) if event is not None]
+
+    def _open(self, how: int) -> int:
+        try:
+            with disk_errors(self.path):
+                return os.open(self.path, how)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} is gone: the sweep was deleted") from error
 
     def _lock(self, descriptor: int) -> None:
         try:

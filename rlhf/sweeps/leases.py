@@ -14,63 +14,34 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rlhf.runs.files import write_json
 from rlhf.runs.jsonable import read_json
+from rlhf.runs.processes import group_lives, place, started
 
 # An agent that could not touch its lease for this share of its time stops its trial, before anybody else may begin it.
 SELF_STOP_SHARE = 0.6
 
 
-@cache
-def host_identity() -> str:
-    """What makes process ids comparable: the host, since its start, in this namespace of processes."""
-    parts = [socket.gethostname()]
-    for path in ("/proc/sys/kernel/random/boot_id",):
-        with suppress(OSError):
-            parts.append(Path(path).read_text(encoding="ascii").strip())
-    with suppress(OSError):
-        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
-    return "/".join(parts)
-
-
-def process_start(process: int) -> str | None:
-    """When a process began, in ticks since the start of the host; None when there is no such process (or a zombie)."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def group_lives(group: int) -> bool:
-    """Whether a process of the group is still there."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(FileNotFoundError, ProcessLookupError, IndexError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[2]) == group and fields[0] not in "ZX":
-                    return True
-    return False
-
-
 @dataclass(frozen=True)
 class Lease:
-    """Who holds a trial: the agent with its process, and the process group of the trial once it runs."""
+    """Who holds a trial: the agent with its process, and the process group of the trial once it runs.
+
+    Processes go by their number and their start: numbers are given out again.
+    """
 
     trial: int
     attempt: int
     agent: str
     host: str
     process: int
-    process_start: str | None
+    process_start: int | None
     group: int | None = None
+    group_start: int | None = None
 
 
 class Leases:
@@ -87,7 +58,8 @@ class Leases:
     def take(self, trial: int, attempt: int, agent: str, group: int | None = None) -> Lease:
         """Writes the lease of a trial that the journal gave to `agent`, or adds its process group."""
         own = os.getpid()
-        lease = Lease(trial, attempt, agent, host_identity(), own, process_start(own), group)
+        group_start = None if group is None else started(group)
+        lease = Lease(trial, attempt, agent, place(), own, started(own), group, group_start)
         write_json(self.path(trial), asdict(lease))
         return lease
 
@@ -110,17 +82,24 @@ class Leases:
             # Between the journal's line and the lease's: a moment, unless the agent died in it.
             return "its agent died before it began" if age is None or age > self.seconds else None
         expired = age is None or age > self.seconds
-        if lease.host != host_identity():
+        if lease.host != place():
             return f"its agent on another host was not heard of for {self.seconds:g} s" if expired else None
-        gone = process_start(lease.process) != lease.process_start
+        gone = started(lease.process) != lease.process_start
         if not gone and not expired:
             return None
-        if lease.group is not None and group_lives(lease.group):
+        if lease.group is not None and group_lives(lease.group, lease.group_start):
             if not expired:
                 return None  # it was told to end when its agent died, and is writing its checkpoint
             with suppress(ProcessLookupError):
                 os.killpg(lease.group, signal.SIGKILL)
         return "its agent died" if gone else f"its agent was not heard of for {self.seconds:g} s"
+
+    def seconds_since(self, trial: int, began: float | None) -> float:
+        """From `began` until the trial's agent was last heard of: what an attempt that was lost has cost, about."""
+        try:
+            return max(0.0, self.path(trial).stat().st_mtime - began) if began is not None else 0.0
+        except FileNotFoundError:
+            return 0.0
 
     def _read(self, trial: int) -> Lease | None:
         body: Any = read_json(self.path(trial))

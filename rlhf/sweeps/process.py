@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlhf.errors import UserError
 from rlhf.runs.files import disk_errors
-from rlhf.sweeps.leases import group_lives
+from rlhf.runs.processes import group_lives
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)

@@ -1,4 +1,5 @@
-"""What to try next: grid and random by number, bayes by Optuna; and the study in Optuna's storage with the settings.
+"""What to try next: grid and random by number, bayes by Optuna from the sweep's events; and the study in Optuna's
+storage, which holds the settings that have ended for Optuna's own tools.
 
 Bayes is a Gaussian process with the logarithm of the expected improvement (Optuna's `GPSampler`); settings under way
 count with what the process expects of them, so that agents side by side do not try the same. Where parameters exist
@@ -11,14 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import os
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rlhf.errors import ConfigError, UserError
+from rlhf.sweeps.distributions import Distribution
 from rlhf.sweeps.file import Parameter
 from rlhf.sweeps.folder import Sweep
 from rlhf.sweeps.journal import SettingRecord, State
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
 
 # Random settings before the model has a say: so many, and one for each parameter.
 NUM_FIRST = 4
@@ -39,51 +42,29 @@ NATIVE = ("int_uniform", "uniform", "log_uniform_values", "inv_log_uniform_value
 
 
 class Search:
-    """Chooses settings for one agent. All methods are called while the sweep's journal is locked."""
+    """Chooses settings for one agent. `next_setting` and `tell` are called while the sweep's journal is locked."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self._grid: list[Setting] | None = None
         self._study: Study | None = None
 
-    def next_setting(self, state: State) -> tuple[Setting, int | None] | None:
-        """The next setting and its number in Optuna's study if it has one yet; None when there is no other."""
+    def next_setting(self, state: State) -> Setting | None:
+        """The next setting; None when there is no other."""
         index = len(state.settings)
         if self.sweep.file.method == "grid":
             if self._grid is None:
                 self._grid = self.sweep.space.grid()
-            return (self._grid[index], None) if index < len(self._grid) else None
+            return self._grid[index] if index < len(self._grid) else None
         if self.sweep.file.method == "random":
-            return self.sweep.space.drawn(self.sweep.seed, index), None
+            return self.sweep.space.drawn(self.sweep.seed, index)
         return self._ask(state, index)
 
-    def tell(self, state: State, record: SettingRecord) -> None:
-        """Puts a setting that has ended into the study; a failed one with the value that `impute` says."""
-        import optuna
-
-        value = record.value if record.value is not None else self._imputed(state)
-        study = self.study
-        if record.optuna is not None:
-            if study.trials[record.optuna].state.is_finished():
-                return
-            if value is None:
-                study.tell(record.optuna, state=optuna.trial.TrialState.FAIL)
-            else:
-                study.tell(record.optuna, value)
-            return
-        distributions = {
-            one.name: distribution_of(one) for one in self.sweep.space.searched if one.name in record.values
-        }
-        by_name = {one.name: one for one in self.sweep.space.parameters}
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE,
-                params={name: internal(by_name[name], record.values[name]) for name in distributions},
-                distributions=distributions,
-                value=value,
-                user_attrs={"setting": record.number, "state": record.state},
-            )
-        )
+    def tell(self, record: SettingRecord) -> None:
+        """Puts a setting that has ended into the study. Raises `UserError` when the storage cannot be reached."""
+        study, trial = self.study, self._trial(record, record.value)
+        with storage_errors(self.sweep):
+            study.add_trial(trial)
 
     @property
     def study(self) -> Study:
@@ -92,20 +73,41 @@ class Search:
             self._study = open_study(self.sweep)
         return self._study
 
-    def _ask(self, state: State, index: int) -> tuple[Setting, int]:
+    def known(self, state: State) -> Study:
+        """What the events say, as a study in memory: one that has failed has the value that `impute` says by now.
+
+        So a setting that was handed out again counts as it ended last, and once.
+        """
         import optuna
 
-        study = self.study
-        known = {record.optuna for record in state.settings.values()}
-        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            if trial.number not in known:
-                # Asked for by an agent that died before it could write the setting down.
-                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        study.sampler = self._sampler(state, index)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(direction=direction_of(self.sweep))
+        imputed = self._imputed(state)
+        for record in state.settings.values():
+            value = imputed if record.state == "failed" else record.value
+            if record.state == "open" or value is not None:
+                study.add_trial(self._trial(record, value))
+        return study
+
+    def _trial(self, record: SettingRecord, value: float | None) -> FrozenTrial:
+        from optuna.trial import TrialState, create_trial
+
+        ended = TrialState.FAIL if value is None else TrialState.COMPLETE
+        searched = [one for one in self.sweep.space.searched if one.name in record.values]
+        return create_trial(
+            state=TrialState.RUNNING if record.state == "open" else ended,
+            params={one.name: internal(one, record.values[one.name]) for one in searched},
+            distributions={one.name: distribution_of(one) for one in searched},
+            value=value,
+            user_attrs={"setting": record.number, "state": record.state},
+        )
+
+    def _ask(self, state: State, index: int) -> Setting:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            study = self.known(state)
+            study.sampler = self._sampler(state, index)
             asked = study.ask()
-            asked.set_user_attr("setting", index)
             setting: Setting = {}
             for parameter in self.sweep.space.parameters:
                 if not self.sweep.space.exists(parameter, setting):
@@ -114,7 +116,7 @@ class Search:
                     setting[parameter.name] = parameter.distribution.values[0]
                     continue
                 setting[parameter.name] = external(parameter, _suggest(asked, parameter))
-        return setting, asked.number
+        return setting
 
     def _sampler(self, state: State, index: int) -> BaseSampler:
         from optuna import samplers
@@ -161,7 +163,7 @@ def distribution_of(parameter: Parameter) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     own = parameter.distribution
-    if own.is_listed:
+    if own.is_choice:
         count = len(own.values)
         return IntDistribution(0, count - 1) if is_scale(parameter) else CategoricalDistribution(list(range(count)))
     if own.kind == "int_uniform":
@@ -182,23 +184,30 @@ def is_scale(parameter: Parameter) -> bool:
 def external(parameter: Parameter, drawn: Any) -> Any:
     """The value of the config for what Optuna drew."""
     own = parameter.distribution
-    if own.is_listed:
+    if own.is_choice:
         return own.values[drawn]
     return drawn if own.kind in NATIVE else own.quantile(drawn)
 
 
 def internal(parameter: Parameter, value: Any) -> Any:
-    """What Optuna would have drawn for a value of the config."""
+    """What Optuna would have drawn for a value of the config; of the shares that mean the same value, the middle."""
     own = parameter.distribution
-    if own.is_listed:
+    if own.is_choice:
         return own.values.index(value)
     if own.kind in NATIVE:
         return value
-    # Quantile functions ascend, so halving finds the share.
+    if own.is_listed:
+        index = own.values.index(value)
+        return math.fsum(own.probabilities[:index]) + own.probabilities[index] / 2
+    return (_share(own, value, operator.lt) + _share(own, value, operator.le)) / 2
+
+
+def _share(own: Distribution, value: float, below: Callable[[Any, Any], bool]) -> float:
+    """The share at which the quantiles cease to be below `value`. They ascend, so halving finds it."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if own.quantile(middle) < value else (low, middle)
+        low, high = (middle, high) if below(own.quantile(middle), value) else (low, middle)
     return (low + high) / 2
 
 
@@ -220,18 +229,28 @@ def open_study(sweep: Sweep) -> Study:
             return None
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    direction: Literal["minimize", "maximize"]
-    direction = "maximize" if sweep.file.metric is not None and sweep.file.metric.goal == "maximize" else "minimize"
+    with storage_errors(sweep), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if sweep.storage_url is None:
+            storage: Any = optuna.storages.JournalStorage(JournalFileBackend(str(path), cast("Any", Held())))
+        else:
+            storage = optuna.storages.RDBStorage(sweep.storage_url)
+        return optuna.create_study(
+            storage=storage, study_name=sweep.folder.name, direction=direction_of(sweep), load_if_exists=True
+        )
+
+
+def direction_of(sweep: Sweep) -> Literal["minimize", "maximize"]:
+    """Optuna's word for the metric's goal."""
+    metric = sweep.file.metric
+    return "maximize" if metric is not None and metric.goal == "maximize" else "minimize"
+
+
+@contextmanager
+def storage_errors(sweep: Sweep) -> Iterator[None]:
+    """Raises `UserError` for whatever goes wrong with the study's storage in the block."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if sweep.storage_url is None:
-                storage: Any = optuna.storages.JournalStorage(JournalFileBackend(str(path), cast("Any", Held())))
-            else:
-                storage = optuna.storages.RDBStorage(sweep.storage_url)
-            return optuna.create_study(
-                storage=storage, study_name=sweep.folder.name, direction=direction, load_if_exists=True
-            )
+        yield
     except ModuleNotFoundError as error:
         if error.name in ("optuna", None):
             raise

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlhf.errors import UserError
 from rlhf.statistics.student import t_interval
 from rlhf.sweeps.folder import Sweep
 from rlhf.sweeps.journal import State, Trial, TrialState
@@ -102,7 +101,7 @@ def status_of(sweep: Sweep) -> Status:
         settings=settings,
         trials=[_trial(sweep, trial) for trial in state.trials.values() if trial.state not in ("finished", "skipped")],
         history=_history(finished, sign),
-        importance=_importance(sweep, len(finished)),
+        importance=_importance(sweep, state, len(finished)),
         codes=codes,
     )
 
@@ -150,7 +149,7 @@ def _history(finished: Sequence[SettingStatus], sign: float) -> list[tuple[int, 
     return found
 
 
-def _importance(sweep: Sweep, num_finished: int) -> dict[str, float]:
+def _importance(sweep: Sweep, state: State, num_finished: int) -> dict[str, float]:
     """The share of the metric's variance that each parameter explains (fANOVA, Hutter et al. 2014), most first.
 
     Empty where there is too little to say: few settings, one parameter, or values that do not differ.
@@ -159,14 +158,13 @@ def _importance(sweep: Sweep, num_finished: int) -> dict[str, float]:
         return {}
     import optuna
 
-    with sweep.journal.locked(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            study = Search(sweep).study
             found = optuna.importance.get_param_importances(
-                study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+                Search(sweep).known(state), evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
             )
-        except (ValueError, RuntimeError, UserError):
+        except (ValueError, RuntimeError):
             # Settings with different parameters, or values that are all the same.
             return {}
     return {name: float(share) for name, share in found.items() if math.isfinite(share)}

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.sweeps.agent import Agent
+from rlhf.sweeps.command_line import run_sweep
 from rlhf.sweeps.folder import Sweep
+from rlhf.sweeps.outcome import no_metric
 from rlhf.sweeps.process import TrialProcess
 from rlhf.sweeps.space import Condition, space_of
 from rlhf.sweeps.status import describe, status_of
@@ -66,9 +68,11 @@ def test_a_grid_is_gone_through_once_in_order(tmp_path: Path, capsys: pytest.Cap
 
 def test_three_agents_one_killed(tmp_path: Path) -> None:
     """SIGKILL to an agent in a trial: the trial goes to another agent and on from its checkpoint."""
+    # All wait after their first step until the kill has happened.
+    hold = tmp_path / "hold"
+    hold.touch()
     sweep = make_sweep(
-        tmp_path,
-        "method: grid\nparameters: {x: {values: [1, 2, 3, 4, 5, 6, 7]}, pause: {value: 0.1}, steps: {value: 6}}\n",
+        tmp_path, f"method: grid\nparameters: {{x: {{values: [1, 2, 3, 4, 5, 6, 7]}}, wait_while: {{value: {hold}}}}}\n"
     )
     agents = [_start(sweep) for _ in range(3)]
     victim, trial = agents[0], -1
@@ -83,6 +87,8 @@ def test_three_agents_one_killed(tmp_path: Path) -> None:
 
     _wait(in_the_middle)
     victim.kill()
+    victim.wait()  # with it the kernel has told its program to end
+    hold.unlink()
     said = [agent.communicate(timeout=120)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [-signal.SIGKILL, 0, 0]
     state = sweep.journal.look()
@@ -133,9 +139,14 @@ def test_a_trial_whose_agent_was_not_heard_of(tmp_path: Path) -> None:
         # It still has time.
         assert other._take() == (None, "1 trial of others")
         os.utime(lease, (time.time() - 100, time.time() - 100))
+        begun = sweep.journal.events()[-1]["time"]
+        sweep.journal.path.write_text(sweep.journal.path.read_text().replace(str(begun), str(round(begun - 120, 3))))
+        other = Agent(sweep)
         taken, _ = other._take()
         assert taken is not None
         assert (taken.number, taken.attempt) == (0, 2)
+        # It worked until it was last heard of.
+        assert sweep.journal.look().trials[0].seconds == pytest.approx(20, abs=5)
         # The first one looks at the journal when it next touches its lease.
         slow.sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 30}}\n", lease_seconds=60)
         object.__setattr__(slow.sweep, "lease_seconds", 0.3)
@@ -226,29 +237,61 @@ def test_a_sweep_without_a_metric(tmp_path: Path) -> None:
     assert describe(status_of(sweep))[0] == "sweep sweep: grid"
 
 
+def _fail(agent: Agent) -> None:
+    trial, _ = agent._take()
+    assert trial is not None
+    with agent.journal.locked() as state:
+        agent.journal.append("end", trial=trial.number, attempt=trial.attempt, state="failed")
+        agent._close_settings(state)
+
+
 @pytest.mark.parametrize(("impute", "value"), [("worst", -4.0), ("best", 0.0), ("latest", -1.0)])
 def test_a_failed_setting_counts_as_the_file_says(tmp_path: Path, impute: str, value: float) -> None:
     sweep = make_sweep(
         tmp_path,
         f"metric: {{name: score, goal: maximize, impute: {impute}}}\nmethod: grid\n"
-        "parameters: {x: {values: [1, 3, 4, 5]}}\n",
+        "parameters: {x: {values: [2.5, 1, 3, 4, 5]}}\n",
         metric=False,
     )
-    _pretend(sweep, 3)
+    # Before anything has ended well there is nothing that it could count as.
     agent = Agent(sweep)
+    _fail(agent)
+    assert agent.search.known(agent.journal.look()).trials == []
+    _pretend(sweep, 3)
+    _fail(agent)
+    assert [one.value for one in agent.search.known(agent.journal.look()).trials] == [value, -4.0, 0.0, -1.0, value]
+    assert [one.value for one in agent.search.study.trials] == [None, -4.0, 0.0, -1.0, None]
+
+
+def test_a_setting_that_was_handed_out_again_counts_once_and_as_it_ended_last(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "method: bayes\nparameters: {x: {min: 0.0, max: 6.0}}\n")
+    _pretend(sweep, 2)
+    agent = Agent(sweep)
+    _fail(agent)
+    assert run_sweep(["retry", str(sweep.folder.path)]) == 0
     trial, _ = agent._take()
     assert trial is not None
+    assert (trial.number, trial.attempt) == (2, 2)
+    assert [one.state.name for one in agent.search.known(agent.journal.look()).trials[2:]] == ["RUNNING"]
     with agent.journal.locked() as state:
-        agent.journal.append("end", trial=trial.number, attempt=1, state="failed")
+        agent.journal.append("end", trial=2, attempt=2, state="finished", value=7.0)
         agent._close_settings(state)
-    assert agent.search.study.trials[3].value == value
+    assert [one.value for one in agent.search.known(agent.journal.look()).trials[2:]] == [7.0]
+    assert agent.search.study.best_value == 7.0
+
+
+def test_bayes_draws_nothing_that_has_no_probability(tmp_path: Path) -> None:
+    text = "method: bayes\nparameters: {x: {min: 0.0, max: 6.0}, c: {values: [a, b], probabilities: [0, 1]}}\n"
+    sweep = make_sweep(tmp_path, text)
+    _pretend(sweep, 9)
+    assert {one["c"] for one in values_of(sweep)} == {"b"}
 
 
 def test_hyperband_stops_what_is_behind(tmp_path: Path) -> None:
     sweep = make_sweep(
         tmp_path,
         "method: grid\nearly_terminate: {type: hyperband, min_iter: 2, eta: 2}\n"
-        "parameters: {x: {values: [3, 2.5, 9]}, steps: {value: 40}, pause: {value: 0.03}, seed: {values: [1, 2]}}\n",
+        "parameters: {x: {values: [3, 2.5, 9]}, steps: {value: 8}, stuck_above: {value: 8}, seed: {values: [1, 2]}}\n",
     )
     Agent(sweep).work()
     state = sweep.journal.look()
@@ -256,7 +299,7 @@ def test_hyperband_stops_what_is_behind(tmp_path: Path) -> None:
     # Its second seed is not worth beginning.
     assert [one.state for one in bad] == ["pruned", "skipped"]
     assert "at iteration" in bad[0].note
-    assert int((sweep.folder.trial(bad[0].number) / "step").read_text()) < 40
+    assert not (sweep.folder.trial(bad[0].number) / "ends").exists()
     assert state.settings[2].state == "pruned"
     assert state.trials[0].state == "finished"
 
@@ -274,16 +317,23 @@ def test_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "gives up: 3 trials failed in its first 60 s" in said.err
 
 
-def test_a_metric_that_nobody_reports(tmp_path: Path) -> None:
+def test_a_metric_that_nobody_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first trial shows it, and the others are not begun."""
     sweep = make_sweep(
         tmp_path,
-        "metric: {name: scores, goal: maximize}\nmethod: grid\nparameters: {x: {values: [1]}}\n",
+        "metric: {name: scores, goal: maximize}\nmethod: grid\nparameters: {x: {values: [1, 2]}}\n",
         metric=False,
     )
-    Agent(sweep).work()
+    assert Agent(sweep).work() == 1
+    said = capsys.readouterr().err
+    assert "gives up, as no trial has reported the metric" in said
+    assert "but it reported no scores; did you mean score? A sweep keeps its file" in said
+    assert list(sweep.journal.look().trials) == [0]
     trial = sweep.journal.look().trials[0]
     assert trial.state == "failed"
-    assert trial.note == "it reported no finite scores, but score; did you mean score?"
+    assert trial.note == "it reported no scores; did you mean score?"
+    assert no_metric("loss", {"b", "a"}) == "it reported no loss, but a, b"
+    assert no_metric("loss", {"loss", "a"}) == "its loss was never a finite number"
 
 
 def test_the_target_ends_the_sweep(tmp_path: Path) -> None:

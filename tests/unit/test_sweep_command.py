@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from rlhf.distributed.slurm import under_launcher
 from rlhf.errors import ConfigError, UserError
 from rlhf.sweeps import command_line
 from rlhf.sweeps.agent import Agent
 from rlhf.sweeps.command import expand, fixed_arguments, trial_command, trial_environment
 from rlhf.sweeps.command_line import run_agent, run_sweep
+from rlhf.sweeps.file import read_sweep_file
 from rlhf.sweeps.folder import checked_storage
 from rlhf.sweeps.page import write_page
 from rlhf.sweeps.status import describe, status_of
@@ -55,10 +57,35 @@ def test_our_own_command_gets_its_folder(tmp_path: Path) -> None:
     ]
 
 
+def test_a_program_that_is_our_script_runs_what_it_runs_under_wandbs_agent(tmp_path: Path) -> None:
+    """A file without `command`, or whose command names no verb: it is `run`, see `rlhf.runs.sweep_agent.with_verb`."""
+    path = tmp_path / "sweep.yaml"
+    found = []
+    for command in ("", 'command: ["${env}", "${program}", "${args}"]', 'command: [x, "${program}", sft, "${args}"]'):
+        path.write_text(f"method: grid\nprogram: /bin/rlhf\nparameters: {{seed: {{values: [1]}}}}\n{command}\n")
+        found.append(read_sweep_file(path).command)
+    assert found == [
+        ("rlhf", "run", "${args}"),
+        ("${env}", "/bin/rlhf", "run", "${args}"),
+        ("x", "/bin/rlhf", "sft", "${args}"),
+    ]
+    assert [fixed_arguments(words, {}) for words in found] == [[], [], ["stages=[sft]"]]
+
+
 def test_an_agent_around_us_is_not_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     monkeypatch.setenv("WANDB_RUN_ID", "def")
+    # srun --ntasks=4 rlhf agent: four agents, and no ranks of one run.
+    for name, value in {"SLURM_JOB_ID": "5", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert under_launcher(os.environ)
     found = trial_environment(tmp_path, "lr", 7)
+    assert not under_launcher(found)
+    monkeypatch.delenv("SLURM_PROCID")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert under_launcher(os.environ)
+    assert not under_launcher(trial_environment(tmp_path, "lr", 7))
     assert "WANDB_SWEEP_ID" not in found
     assert "WANDB_RUN_ID" not in found
     assert found["WANDB_RUN_GROUP"] == "lr"
@@ -95,12 +122,17 @@ def test_create_find_again_and_refuse_another(tmp_path: Path, capsys: pytest.Cap
         ("agent", ["sweep-file.yaml"], "is a sweep file: `rlhf sweep sweep-file.yaml` makes the sweep"),
         ("agent", ["sweep", "--count=0"], "--count=0: expected a whole number of at least 1"),
         ("agent", ["sweep", "--count=x"], "--count=x: expected"),
-        ("agent", ["sweep", "--cuont=1"], "did you mean count?"),
+        ("agent", ["sweep", "--cuont=1"], "did you mean --count?"),
+        ("agent", ["sweep", "--count"], "--count needs a value: rlhf agent SWEEP"),
         ("agent", [], "expected one sweep: rlhf agent SWEEP"),
-        ("sweep", [], "expected one sweep file: rlhf sweep FILE"),
+        ("sweep", [], "expected one sweep file, found none: rlhf sweep FILE"),
+        ("sweep", ["stauts", "sweep"], "found stauts sweep; did you mean status?"),
+        ("sweep", ["sweep-fil.yml"], "there is no sweep file sweep-fil.yml; did you mean sweep-file.yaml?"),
+        ("sweep", ["elsewhere/ppo_lr_kl.yaml"], "sweep/ppo_kl_lr.yaml?"),
+        ("sweep", ["nothing_like_it.yaml"], "there is no sweep file nothing_like_it.yaml"),
         ("sweep", ["status"], "takes one sweep"),
         ("sweep", ["sweep-file.yaml", "storage=redis://x"], "storage=redis://x: expected journal"),
-        ("sweep", ["sweep-file.yaml", "nmae=x"], "did you mean name?"),
+        ("sweep", ["sweep-file.yaml", "nmae=x"], "did you mean name=...?"),
         ("sweep", ["sweep-file.yaml", "name=../x"], "expected letters, digits"),
         ("sweep", ["sweep-file.yaml", "name=n", "lease_seconds=0"], "expected seconds, at least 1"),
     ],
@@ -119,6 +151,8 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, ar
     ("command", "said"),
     [
         ('[python, "${argz}"]', "which is none of"),
+        ('[rlhf, run, "${args_json}"]', "cannot read"),
+        ('[rlhf, run, "${args_no_boolean_flags}"]', "cannot read"),
         ("[python, train.py]", "hands no parameter to the program"),
         ('[python, "${program}", "${args}"]\nprogram: missing.py', "there is no program missing.py"),
     ],
@@ -128,6 +162,14 @@ def test_commands_that_cannot_be_meant(tmp_path: Path, command: str, said: str) 
     path.write_text(f"method: grid\nparameters: {{x: {{values: [1]}}}}\ncommand: {command}\n")
     with pytest.raises(ConfigError, match=said):
         run_sweep([str(path), f"root={tmp_path}"])
+
+
+@pytest.mark.parametrize("text", ["junk", "[]", '{"schema": "sweep/1"}', '{"schema": "sweep/9"}'])
+def test_a_description_that_is_not_ours(tmp_path: Path, text: str) -> None:
+    sweep = make_sweep(tmp_path, "method: grid\nparameters: {x: {values: [1]}}\n")
+    sweep.folder.description.write_text(text)
+    with pytest.raises(UserError, match=r"sweep\.json is not what `rlhf sweep` wrote"):
+        run_agent([str(sweep.folder.path)])
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:

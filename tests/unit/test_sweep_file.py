@@ -61,6 +61,7 @@ command: [rlhf, run, "${args}"]
         ("command:", "comand:", 9, "did you mean command?"),
         ('command: [rlhf, run, "${args}"]', "description: nothing to start", 1, "nothing says what to start"),
         ('command: [rlhf, run, "${args}"]', 'command: [python, "${program}"]', 9, "the file names no program"),
+        ('command: [rlhf, run, "${args}"]', "program: [a]", 9, "expected the path of a script, found ['a']"),
         ('command: [rlhf, run, "${args}"]', "command: [a]\nrun_cap: 0", 10, "at least 1, found 0"),
         ('command: [rlhf, run, "${args}"]', "command: [a]\nscheduler: {engine: optuna}", 10, "needs W&B's server"),
         (

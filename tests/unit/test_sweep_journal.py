@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
+from rlhf.runs.processes import group_lives, started
 from rlhf.sweeps.journal import Journal
-from rlhf.sweeps.leases import Leases, group_lives, process_start
+from rlhf.sweeps.leases import Leases
 from rlhf.sweeps.metric import History, final_value
 from rlhf.sweeps.search import Search, external, internal
 from rlhf.sweeps.space import Setting
@@ -95,6 +96,8 @@ def test_a_deleted_sweep(tmp_path: Path) -> None:
     journal.path.unlink()
     with pytest.raises(UserError, match="the sweep was deleted"), journal.locked():
         pass
+    with pytest.raises(UserError, match="the sweep was deleted"):
+        journal.look()
 
 
 def test_who_is_taken_for_dead(tmp_path: Path) -> None:
@@ -108,14 +111,17 @@ def test_who_is_taken_for_dead(tmp_path: Path) -> None:
     leases.path(0).write_text(text.replace(f'"process": {os.getpid()}', '"process": 4194000'))
     assert leases.is_lost(0, 1) == "its agent died"
     # Another process by the same number is not our agent.
-    start = process_start(os.getpid())
-    leases.path(0).write_text(text.replace(f'"process_start": "{start}"', '"process_start": "1"'))
+    assert f'"process_start": {started(os.getpid())}' in text
+    leases.path(0).write_text(text.replace('"process_start": ', '"process_start": 1'))
     assert leases.is_lost(0, 1) == "its agent died"
     # Of another host nothing is known but how long ago it was heard of.
     leases.path(0).write_text(text.replace('"host": "', '"host": "far-'))
     assert leases.is_lost(0, 1) is None
     os.utime(leases.path(0), (time.time() - 61, time.time() - 61))
     assert leases.is_lost(0, 1) == "its agent on another host was not heard of for 60 s"
+    # What it has cost until then.
+    assert leases.seconds_since(0, leases.path(0).stat().st_mtime - 7) == pytest.approx(7, abs=1e-3)
+    assert leases.seconds_since(1, 0.0) == 0.0
     leases.touch(0)
     assert leases.is_lost(0, 1) is None
 
@@ -132,6 +138,23 @@ def test_a_dead_agents_program_must_be_gone_first(tmp_path: Path) -> None:
         assert leases.is_lost(0, 1) == "its agent died"
         assert child.wait(timeout=10) == -signal.SIGKILL
         assert not group_lives(child.pid)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_group_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> None:
+    """The number of a group that has ended was given out again before anybody looked at the lease."""
+    leases = Leases(tmp_path, seconds=60)
+    child = subprocess.Popen(["sleep", "60"], process_group=0)
+    try:
+        leases.take(0, 1, "us", group=child.pid)
+        text = leases.path(0).read_text().replace(f'"process": {os.getpid()}', '"process": 4194000')
+        leases.path(0).write_text(text.replace('"group_start": ', '"group_start": 1'))
+        assert leases.is_lost(0, 1) == "its agent died"
+        os.utime(leases.path(0), (time.time() - 61, time.time() - 61))
+        assert leases.is_lost(0, 1) == "its agent died"
+        assert child.poll() is None
     finally:
         child.kill()
         child.wait()
@@ -178,6 +201,7 @@ parameters:
   e: {values: [x, {k: 1}, null]}
   f: {distribution: normal, mu: 3.0, sigma: 2.0}
   g: {distribution: q_uniform, min: 0.0, max: 2.0, q: 0.25}
+  h: {values: [x, y, z, never], probabilities: [0.25, 0.5, 0.25, 0]}
 """
 
 
@@ -187,16 +211,14 @@ def test_what_optuna_draws_and_what_the_config_gets(tmp_path: Path) -> None:
     for parameter in sweep.space.parameters:
         value = setting[parameter.name]
         assert external(parameter, internal(parameter, value)) == pytest.approx(value)
-    search = Search(sweep)
-    drawn = [search.study.ask({}) for _ in range(1)]
-    assert drawn[0].number == 0
-    with sweep.journal.locked() as state:
-        found = search.next_setting(state)
+    found = Search(sweep).next_setting(sweep.journal.look())
     assert found is not None
-    # What somebody asked for and could not write down counts as failed, and does not wait for ever.
-    assert found[1] == 1
-    assert search.study.trials[0].state.name == "FAIL"
-    assert set(found[0]) == set("abcdefg")
+    assert set(found) == set("abcdefgh")
+    # Of the shares that mean the same the middle: 0.5 are those from 0.375 to 0.625 of 2; y those from 0.25 to 0.75.
+    steps, choice = sweep.space.parameters[-2:]
+    assert internal(steps, 0.5) == pytest.approx(0.25)
+    assert internal(steps, 0.0) == pytest.approx(0.125 / 4)
+    assert internal(choice, "y") == pytest.approx(0.5)
 
 
 def test_a_torn_line_of_optunas_journal(tmp_path: Path) -> None:
