@@ -23,7 +23,8 @@ from rlhf.runs.files import write_text
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.report import write_report
 from rlhf.runs.sweep_agent import sweep_run_id
-from rlhf.runs.wandb_logger import record_run, sync_command
+from rlhf.runs.wandb_logger import record_run
+from rlhf.runs.wandb_offline import sync_command
 from rlhf.studies.arms import check_arms
 from rlhf.terminal import say
 

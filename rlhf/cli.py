@@ -12,7 +12,7 @@ import rlhf
 from rlhf.distributed import stopping
 from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, EXIT_USAGE, ConfigError, UserError
 from rlhf.runs.sweep_agent import with_verb
-from rlhf.terminal import flush_all
+from rlhf.terminal import flush_all, say
 
 # Verbs that run one stage: `rlhf reward-model ...` is `rlhf run ... stages=[reward_model]`.
 STAGE_VERBS = {
@@ -86,14 +86,14 @@ def _main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
+        say(usage())
         return EXIT_SUCCESS if arguments else EXIT_USAGE
     if arguments[0] == "--version":
-        print(f"rlhf {rlhf.__version__}")
+        say(f"rlhf {rlhf.__version__}")
         return EXIT_SUCCESS
     verb, *rest = with_verb(arguments, os.environ)
     if any(argument in ("-h", "--help") for argument in rest):
-        print(usage())
+        say(usage())
         return EXIT_SUCCESS
     try:
         code = _dispatch(verb, rest, debug)

@@ -370,9 +370,11 @@ def _reason(folder: StageFolder, plan: StagePlan, result: StageResult | None) ->
         return f"its output is not what it had written ({', '.join(folder.altered_outputs(result))})"
     before = read_json(folder.decided_by)
     now = json.loads(json.dumps(plan.decided_by))
-    if not isinstance(before, dict):
+    if not isinstance(before, dict) or len(before.get("data", ())) != 2:
         return "it was begun with another config or other inputs"
-    old, new = flatten(before), flatten(now)
+    # The data's settings and its hash apart, so that only what differs is shown.
+    apart = [{**one, "data": dict(zip(("settings", "content"), one["data"], strict=True))} for one in (before, now)]
+    old, new = flatten(apart[0]), flatten(apart[1])
     changed = sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
     shown = [f"{_key_name(path, plan.name)} {_value(old.get(path))} → {_value(new.get(path))}" for path in changed[:4]]
     return "; ".join(shown) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
@@ -384,6 +386,8 @@ def _key_name(path: tuple[str, ...], stage: StageName) -> str:
         return ".".join(path[1:])
     if path[0] == "section":
         return ".".join((stage, *path[1:]))
+    if path[0] == "data":
+        return ".".join(("data", *path[2:])) if path[1:2] == ("settings",) else "the data's hash"
     if path[0] == "inputs":
         return f"the input {'.'.join(path[1:])}"
     return {"precision": "distributed.precision", "version": "the stage's code, version"}.get(path[0], ".".join(path))

@@ -46,12 +46,14 @@ def run_diff(arguments: Sequence[str]) -> int:
     else:
         for line in render(difference):
             say(line)
-    return EXIT_FAILURE if "--exit-code" in arguments and difference.verdict != "identical" else EXIT_SUCCESS
+    return EXIT_FAILURE if "--exit-code" in arguments and not difference.identical else EXIT_SUCCESS
 
 
 def headline(difference: Difference) -> str:
     """The verdict in one sentence."""
     so_far = " as far as both have come" if difference.partial else ""
+    if difference.empty:
+        return "nothing to compare: the runs have no line of metrics and no finished stage in common"
     if difference.verdict == "identical":
         return f"identical{so_far}"
     found = difference.first_divergence(beyond_rounding=difference.verdict == "different")
@@ -65,7 +67,7 @@ def headline(difference: Difference) -> str:
         )
     text = f"diverging at {where}{part.describe()}"
     earlier = difference.first_divergence()
-    if earlier is not None and earlier != found:
+    if earlier is not None and (earlier[0], earlier[1].place) != (arm, part.place):
         text += f"; differing by rounding from {f'arm {earlier[0]}, ' if earlier[0] else ''}{earlier[1].describe()} on"
     return text
 
@@ -142,7 +144,7 @@ def _of_stage(stage: StageDifference) -> Iterator[str]:
     yield text
     if stage.first is not None:
         yield f"    first difference: {stage.first.describe()}"
-    if stage.beyond is not None and stage.beyond != stage.first:
+    if stage.beyond is not None and stage.first is not None and stage.beyond.place != stage.first.place:
         yield f"    beyond rounding:  {stage.beyond.describe()}"
     if steps.growth:
         yield "    largest so far:   " + ", ".join(f"step {step}: {_short(value)}" for step, value in steps.growth)
@@ -166,10 +168,8 @@ def to_json(difference: Difference) -> dict[str, Any]:
         "headline": headline(difference),
         "largest_relative_difference": _finite(difference.largest),
         "first_divergence": None if found is None else {"arm": found[0], **_divergence(found[1])},
-        "facts": {
-            name: [{"name": fact.name, "first": fact.first, "second": fact.second} for fact in facts]
-            for name, facts in vars(difference.facts).items()
-        },
+        "facts": {name: [vars(fact) for fact in getattr(difference.facts, name)] for name in _FACTS},
+        "code_known": difference.facts.code_known,
         "stages": {stage.name: _stage_json(stage) for stage in difference.stages},
         "samples_differ_from_line": None if difference.samples is None else difference.samples[0],
         "only_first": list(difference.only_first),

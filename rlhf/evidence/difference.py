@@ -91,6 +91,17 @@ class Difference:
         return max(parts, key=_ORDER.__getitem__, default="identical")
 
     @property
+    def identical(self) -> bool:
+        """Whether something could be compared, and all of it is equal."""
+        return self.verdict == "identical" and not self.empty
+
+    @property
+    def empty(self) -> bool:
+        """Whether the runs have no line of metrics and no finished stage in common."""
+        compared = any(stage.steps.num_compared or not stage.partial for stage in self.stages)
+        return not compared and all(arm.empty for arm in self.arms.values())
+
+    @property
     def largest(self) -> float:
         """The largest relative difference of any number."""
         own = [stage.largest for stage in self.stages]
@@ -111,7 +122,7 @@ class Difference:
 
 def compare(first: RunRecord, second: RunRecord) -> Difference:
     """Compares two runs, or a run with a record, and their arms by name."""
-    recorded = first.is_recorded or second.is_recorded
+    recorded = (first.is_recorded, second.is_recorded)
     shared = [name for name in first.stages if name in second.stages]
     arms = [name for name in first.arms if name in second.arms]
     return Difference(
@@ -119,20 +130,20 @@ def compare(first: RunRecord, second: RunRecord) -> Difference:
         second=second,
         facts=compare_facts(first, second),
         stages=tuple(_compare_stage(first.stages[name], second.stages[name], recorded) for name in shared),
-        samples=None if recorded else _first_sample(first, second),
+        samples=None if any(recorded) else _first_sample(first, second),
         only_first=_only(first, second),
         only_second=_only(second, first),
         arms={name: compare(first.arms[name], second.arms[name]) for name in arms},
     )
 
 
-def _compare_stage(first: StageRecord, second: StageRecord, recorded: bool) -> StageDifference:
+def _compare_stage(first: StageRecord, second: StageRecord, recorded: tuple[bool, bool]) -> StageDifference:
     both = first.finished and second.finished
     names = first.outputs.keys() | second.outputs.keys() if both else ()
     return StageDifference(
         name=first.name,
         statuses=(first.status, second.status),
-        steps=compare_steps(first.name, first.rows, second.rows, thinned=recorded),
+        steps=compare_steps(first.name, first.rows, second.rows, finished=both, thinned=recorded),
         results=tuple(compare_results(first.name, first.summary, second.summary)) if both else (),
         outputs={name: first.outputs.get(name) == second.outputs.get(name) for name in sorted(names)},
         partial=not both,

@@ -29,7 +29,7 @@ _PLACE = re.compile(r"result|first|last|max|min|mean|(?:mean_last|step):[1-9][0-
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def _is_place(value: str) -> str:
@@ -166,7 +166,9 @@ def read_expected(path: Path) -> Baseline:
     try:
         return Baseline(path, Expected.model_validate_json(text))
     except ValidationError as error:
-        lines = [f"  {_where(one['loc'], body)}: {_message(one)}" for one in error.errors()]
+        # A list whose only entry is wrong is told to be too short besides.
+        told = [one for one in error.errors() if one["type"] != "too_short"] or error.errors()
+        lines = [f"  {_where(one['loc'], body)}: {_message(one)}" for one in told]
         raise ConfigError(f"{path} is not a valid expected.json:\n" + "\n".join(lines)) from error
 
 
@@ -188,9 +190,10 @@ def _message(error: Any) -> str:
             *(Reading.model_fields if "minus" in error["loc"] else ()),
         } - {"schema_name"}
         return f"unknown key{did_you_mean(close_names(str(error['loc'][-1]), sorted(known)))}"
-    if error["type"] == "missing":
-        return "is missing"
-    return f"{error['msg'].removeprefix('Value error, ')}, got {str(error['input'])[:80]!r}"
+    if error["type"] in ("missing", "too_short"):
+        return "is missing" if error["type"] == "missing" else "is empty: at least one is needed"
+    got = "" if isinstance(error["input"], dict) else f", got {str(error['input'])[:80]!r}"
+    return str(error["msg"]).removeprefix("Value error, ") + got
 
 
 def write_expected(path: Path, expected: Expected) -> None:

@@ -29,6 +29,7 @@ _PLACES = {
     *("policy", "reference", "value_model", "base", "baseline", "comparisons", "ratings", "benchmark"),
 }
 _OF_STAGES = ("sft", "collect", "reward_model", "reward_report", "ppo", "dpo", "best_of_n", "evaluate")
+_CHANGED_SHOWN = 4
 # Parts of what decides a stage that are hashes of files, by what they are called.
 _FILE_HASHES = {
     ("ppo", "section", "rewards"): "ppo.rewards",
@@ -54,7 +55,8 @@ class Fact:
 
 @dataclass(frozen=True)
 class Facts:
-    """What differs, by kind. `content` is what files and input models hold; `unknown` what a run did not write down."""
+    """What differs, by kind. `content` is what files and input models hold; `code_known` whether both runs wrote down
+    of which code they are, so that no difference means that there is none."""
 
     results: tuple[Fact, ...] = ()
     seed: tuple[Fact, ...] = ()
@@ -66,6 +68,7 @@ class Facts:
     packages: tuple[Fact, ...] = ()
     hardware: tuple[Fact, ...] = ()
     compute: tuple[Fact, ...] = ()
+    code_known: bool = True
 
 
 def compare_facts(first: RunRecord, second: RunRecord) -> Facts:
@@ -73,11 +76,9 @@ def compare_facts(first: RunRecord, second: RunRecord) -> Facts:
     kinds: dict[Kind, list[Fact]] = {"results": [], "rounding": [], "seed": [], "nothing": []}
     stages = first.stages.keys() & second.stages.keys()
     # The record of an arm has no config of its own: the study's decides it.
-    for key in sorted(first.config.keys() | second.config.keys()) if first.config and second.config else ():
-        ours, theirs = first.config.get(key), second.config.get(key)
-        if ours != theirs:
-            kind: Kind = "nothing" if key in _MEASURED and _both_measured(first, second) else kind_of(key, stages)
-            kinds[kind].append(Fact(key, ours, theirs))
+    for fact in _keys(first.config, second.config) if first.config and second.config else ():
+        idle = fact.name in _MEASURED and _both_measured(first, second)
+        kinds["nothing" if idle else kind_of(fact.name, stages)].append(fact)
     own = first.own_hashes | second.own_hashes
     return Facts(
         results=tuple(kinds["results"]),
@@ -86,11 +87,32 @@ def compare_facts(first: RunRecord, second: RunRecord) -> Facts:
         nothing=tuple(kinds["nothing"]),
         data=_data(first, second),
         content=tuple(_content(first, second, own, {fact.name for fact in kinds["results"]})),
-        code=tuple(_differing(_mapping(first, "code"), _mapping(second, "code"), "code")),
+        code=tuple(_code(_mapping(first, "code"), _mapping(second, "code"))),
         packages=tuple(_differing(_mapping(first, "packages"), _mapping(second, "packages"))),
         hardware=tuple(_differing(_mapping(first, "hardware"), _mapping(second, "hardware"))),
         compute=tuple(_compute(first, second)),
+        code_known=any(all(_mapping(run, "code").get(key) for run in (first, second)) for key in ("commit", "content")),
     )
+
+
+def _keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Fact]:
+    """Config keys that differ. A section that is empty on one side is one key: `ppo.rewards {...}, recorded {}`."""
+    sections = sorted({key for one, other in ((first, second), (second, first)) for key in one if key not in other})
+    sections = [key for key in sections if {} in (first.get(key), second.get(key))]
+    inside = tuple(f"{section}." for section in sections)
+    for key in sorted(first.keys() | second.keys()):
+        if key.startswith(inside):
+            continue
+        if key in sections:
+            yield Fact(key, *(_section(config, key) for config in (first, second)))
+        elif first.get(key) != second.get(key):
+            yield Fact(key, first.get(key), second.get(key))
+
+
+def _section(config: Mapping[str, Any], section: str) -> Any:
+    """The values below a section, without those that are nothing."""
+    found = {key.removeprefix(f"{section}."): value for key, value in config.items() if key.startswith(f"{section}.")}
+    return {key: value for key, value in found.items() if value is not None} or config.get(section)
 
 
 def _both_measured(first: RunRecord, second: RunRecord) -> bool:
@@ -145,6 +167,34 @@ def _differing(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str 
             yield Fact(f"{prefix} {key}".strip(), first.get(key), second.get(key))
 
 
+def _code(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Fact]:
+    """Folders of the package that differ, commits, and what was not committed. What one alone wrote down is unknown of
+    the other, which is no difference; where all folders are equal the commits do not matter."""
+    contents = [code["content"] for code in (first, second) if isinstance(code.get("content"), Mapping)]
+    if len(contents) == 2:
+        differing = list(_differing(*contents))
+        if not differing:
+            return
+        yield from differing
+    if first.get("commit") and second.get("commit") and first["commit"] != second["commit"]:
+        yield Fact("code commit", first["commit"], second["commit"])
+    if len(contents) == 2 and first.get("diff_hash") and second.get("diff_hash"):
+        return  # the folders say where; the files that both have changed would say less
+    if first.get("diff_hash") != second.get("diff_hash") and (first.get("commit") or second.get("commit")):
+        yield Fact("code not committed", _not_committed(first), _not_committed(second))
+
+
+def _not_committed(code: Mapping[str, Any]) -> str | None:
+    """The files where they were written down, else the hash; None where all was committed."""
+    if not code.get("commit"):
+        return "unknown"
+    changed = code.get("changed")
+    if not isinstance(changed, list) or not changed:
+        return code.get("diff_hash")
+    more = f" and {len(changed) - _CHANGED_SHOWN} more" if len(changed) > _CHANGED_SHOWN else ""
+    return f"{', '.join(map(str, changed[:_CHANGED_SHOWN]))}{more} ({str(code.get('diff_hash'))[:8]})"
+
+
 def _data(first: RunRecord, second: RunRecord) -> tuple[Fact, ...]:
     ours, theirs = (_mapping(run, "data").get("content") for run in (first, second))
     if ours is None or theirs is None or ours == theirs:
@@ -173,13 +223,18 @@ def _content(first: RunRecord, second: RunRecord, own: frozenset[str], keys: set
             values = [stage.decided_by.get(part) for stage in (ours, theirs)]
             if part in ours.decided_by.keys() & theirs.decided_by.keys() and values[0] != values[1]:
                 yield Fact(called, *values)
-        yield from _inputs(ours, theirs, own)
+        yield from _inputs(ours, theirs, own, bool(keys))
 
 
-def _inputs(first: StageRecord, second: StageRecord, own: frozenset[str]) -> Iterator[Fact]:
-    """Inputs that no stage of the runs has made: what those make differs as a consequence."""
+def _inputs(first: StageRecord, second: StageRecord, own: frozenset[str], other_keys: bool) -> Iterator[Fact]:
+    """Inputs that no stage of the runs has made: what those make differs as a consequence.
+
+    One that a run alone has is explained where config keys differ: they say which inputs a stage reads.
+    """
     for key in sorted(first.inputs.keys() | second.inputs.keys()):
         ours, theirs = first.inputs.get(key), second.inputs.get(key)
+        if other_keys and None in (ours, theirs):
+            continue
         if ours != theirs and not (_made(ours, own) and _made(theirs, own)):
             yield Fact(f"the content of {first.name}.{key}", ours, theirs)
 

@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config.errors import close_names, did_you_mean
 from rlhf.errors import ConfigError
 from rlhf.evidence.bands import prediction_band
 from rlhf.evidence.expected import Check, Reading
 from rlhf.evidence.record import RunRecord, StageRecord
+
+# How a remark begins that says so.
+TOO_TIGHT = "the band is too tight"
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,14 @@ def judge(check: Check, run: RunRecord) -> Verdict:
     low = -math.inf if check.low is None else check.low
     high = math.inf if check.high is None else check.high
     passed = low <= seen <= high
-    return Verdict(check, seen, passed, "" if passed else _too_tight(check))
+    return Verdict(check, seen, passed, "" if passed else _too_tight(check, low, high))
 
 
-def _too_tight(check: Check) -> str:
-    """Says so where the band is narrower than the recorded values themselves allow; empty otherwise."""
+def _too_tight(check: Check, low: float, high: float) -> str:
+    """Says so where the limits leave out a recorded value, or are narrower than the rule gives; empty otherwise."""
+    outside = [f"seed {seed} {show_number(value)}" for seed, value in check.values.items() if not low <= value <= high]
+    if outside:
+        return f"{TOO_TIGHT}: of the recorded values it leaves out {', '.join(outside)}"
     if check.limits_by_hand or len(check.values) < 2 or check.low is None or check.high is None:
         return ""
     low, high = prediction_band(list(check.values.values()), check.range)
@@ -48,8 +55,7 @@ def _too_tight(check: Check) -> str:
         return ""
     seeds = ", ".join(check.values)
     return (
-        f"the band is too tight: the recorded values of seeds {seeds} give [{show_number(low)}, {show_number(high)}] "
-        "by the rule"
+        f"{TOO_TIGHT}: the recorded values of seeds {seeds} give [{show_number(low)}, {show_number(high)}] by the rule"
     )
 
 
@@ -77,9 +83,10 @@ def read_number(reading: Reading, run: RunRecord) -> float:
     rows = [row for row in stage.rows if reading.metric in row]
     if not rows:
         names = sorted({name for row in stage.rows for name in row} - {"stage", "step"})
-        raise MissingNumberError(
-            f"no line of stage {reading.stage} has {reading.metric}: there are {', '.join(names) or 'none'}"
-        )
+        if not names:
+            raise MissingNumberError(f"metrics.jsonl has no line of stage {reading.stage}")
+        near = did_you_mean(close_names(reading.metric, names)) or f": there are {', '.join(names)}"
+        raise MissingNumberError(f"no line of stage {reading.stage} has {reading.metric}{near}")
     return _of_rows(reading, rows)
 
 
@@ -91,7 +98,12 @@ def _of_rows(reading: Reading, rows: Sequence[Mapping[str, Any]]) -> float:
             raise MissingNumberError(f"{reading.metric} of stage {reading.stage} has no step {number}")
         kind = "last"
     # What was not finite is None in the file.
-    values = [math.nan if row[reading.metric] is None else float(row[reading.metric]) for row in rows]
+    values = [math.nan if row[reading.metric] is None else row[reading.metric] for row in rows]
+    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]
+    if wrong:
+        raise MissingNumberError(
+            f"{reading.metric} of stage {reading.stage} is no number in a line: {str(wrong[0])[:40]!r}"
+        )
     if kind == "mean_last":
         if len(values) < int(number):
             raise MissingNumberError(f"{reading.metric} has {len(values)} lines, and the mean of {number} is asked")
@@ -117,7 +129,8 @@ def _of_result(reading: Reading, stage: StageRecord) -> float:
         found = found.get("value")  # an estimate with its interval
     if isinstance(found, bool) or not isinstance(found, int | float):
         names = [key for key, value in summary.items() if not isinstance(value, str)]
-        raise MissingNumberError(f"the result of stage {stage.name} has no number {name}: there are {', '.join(names)}")
+        near = did_you_mean(close_names(short, names)) or f": there are {', '.join(names) or 'none'}"
+        raise MissingNumberError(f"the result of stage {stage.name} has no number {name}{near}")
     return float(found)
 
 

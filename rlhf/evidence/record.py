@@ -13,9 +13,9 @@ from typing import Any
 from rlhf.config import STAGES, config_from_values
 from rlhf.config.provenance import flatten
 from rlhf.config.serialize import plain_values
-from rlhf.errors import ArtifactError, ConfigError
+from rlhf.errors import ConfigError
 from rlhf.runs.folder import RunFolder
-from rlhf.runs.jsonable import read_json, read_lines
+from rlhf.runs.jsonable import parse_line, read_json, read_lines
 from rlhf.runs.manifest import read_manifest
 from rlhf.studies.arms import ARMS_FOLDER
 
@@ -46,7 +46,10 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run left; `arms` are the runs of a study, by name. `config` has a value for every dotted key."""
+    """What one run left; `arms` are the runs of a study, by name. `config` has a value for every dotted key.
+
+    `num_torn` counts lines of metrics.jsonl that are no JSON objects; one that a killed run was writing does not count.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
@@ -54,6 +57,7 @@ class RunRecord:
     stages: Mapping[str, StageRecord]
     samples: tuple[Mapping[str, Any], ...]
     arms: Mapping[str, RunRecord] = field(default_factory=dict)
+    num_torn: int = 0
 
     @property
     def status(self) -> str:
@@ -86,7 +90,7 @@ class RunRecord:
 def read_record(path: Path) -> RunRecord:
     """The record of a run folder, of a `recorded/` folder, or of the folder of a baseline that has one.
 
-    Raises `ArtifactError` when there is no run.
+    Raises `ConfigError` when there is no run: what names the folder is an argument.
     """
     path = path.expanduser()
     if not (path / "manifest.json").is_file() and (path / "recorded" / "manifest.json").is_file():
@@ -94,8 +98,8 @@ def read_record(path: Path) -> RunRecord:
     run = RunFolder(path)
     manifest = read_manifest(run)
     if not manifest:
-        what = "its manifest.json is not one" if run.manifest.exists() else "there is no manifest.json in it"
-        raise ArtifactError(f"{path} is not a run folder: {what}" if path.is_dir() else f"there is no folder {path}")
+        what = "its manifest.json is damaged" if run.manifest.exists() else "there is no manifest.json in it"
+        raise ConfigError(f"{path} is not a run folder: {what}" if path.is_dir() else f"there is no folder {path}")
     metrics: dict[str, list[Mapping[str, Any]]] = {}
     for row in read_lines(run.metrics):
         metrics.setdefault(str(row.get("stage")), []).append(without_perf(row))
@@ -106,7 +110,15 @@ def read_record(path: Path) -> RunRecord:
     stages = {name: _stage(run, name, entries.get(name, {}), metrics.get(name, [])) for name in names}
     stages.pop("report", None)
     arms = {name: read_record(folder) for name, folder in sorted(_arm_folders(path / ARMS_FOLDER))}
-    return RunRecord(path, manifest, full_config(manifest.get("config")), stages, tuple(read_lines(run.samples)), arms)
+    config, samples = full_config(manifest.get("config")), tuple(read_lines(run.samples))
+    torn = _num_torn(run.metrics) - (0 if manifest.get("status") == "finished" else 1)
+    return RunRecord(path, manifest, config, stages, samples, arms, max(torn, 0))
+
+
+def _num_torn(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    return sum(bool(line.strip()) and parse_line(line) is None for line in path.read_bytes().split(b"\n"))
 
 
 def without_perf(values: Mapping[str, Any]) -> dict[str, Any]:

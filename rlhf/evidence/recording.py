@@ -28,7 +28,7 @@ def record_baseline(baseline: Baseline, runs: Mapping[int, RunRecord]) -> Baseli
     """Writes values and bands of the seeds' runs into expected.json, and the first seed's run into `recorded/`.
 
     What is written by hand stays: names, metrics, sources, reasons, and the limits of claims. Raises `ConfigError` for
-    fewer than three seeds or a number that a run does not have.
+    fewer than three seeds, a number that a run does not have, or a band that no run could leave.
     """
     if len(runs) < MINIMUM_SEEDS:
         raise ConfigError(f"a band needs at least {MINIMUM_SEEDS} seeds, got {len(runs)}: set seeds=[1,2,3]")
@@ -61,9 +61,19 @@ def _measured(check: Check, runs: Mapping[int, RunRecord]) -> Check:
     if check.limits_by_hand:
         return check.model_copy(update={"values": values})
     low, high = prediction_band(list(values.values()), check.range)
+    if (low, high) == check.range:
+        raise ConfigError(
+            f"check {check.name!r} cannot fail: the band of its values, {_listed(values)}, is the whole range of the "
+            f"metric, {low:g} to {high:g}. Give more seeds, whose band is narrower, or take the check out of "
+            "expected.json. Runs that are finished are not run again"
+        )
     return check.model_copy(
         update={"values": values, "low": _rounded(low, math.floor), "high": _rounded(high, math.ceil)}
     )
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values.values())
 
 
 def _rounded(value: float, outward: Any) -> float:

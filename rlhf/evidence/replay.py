@@ -14,14 +14,14 @@ from urllib.parse import quote
 
 from rlhf import data
 from rlhf.config import STAGES, RLHFConfig, config_from_file, config_from_values
-from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, ArtifactError, ConfigError
+from rlhf.errors import EXIT_FAILURE, EXIT_SUCCESS, ArtifactError, ConfigError, UserError
 from rlhf.evidence.causes import describe_facts, likely_causes
 from rlhf.evidence.diff import headline, to_json
 from rlhf.evidence.difference import Difference, compare
 from rlhf.evidence.facts import Facts, compare_facts
 from rlhf.evidence.output import refuse_launchers, standard_output_to_error
 from rlhf.evidence.record import RunRecord, StageRecord, full_config, read_record
-from rlhf.pipeline import decided_by, resolve_inputs
+from rlhf.pipeline import decided_by, preflight, resolve_inputs
 from rlhf.preferences.waiting import store_path
 from rlhf.runs import machine
 from rlhf.runs.files import discard, disk_errors, write_json
@@ -58,6 +58,7 @@ def run_replay(arguments: Sequence[str], debug: bool) -> int:
     if original.is_recorded:
         raise ArtifactError(f"{original.path} is the record of a run; rlhf verify runs its experiment again")
     config = replay_config(original, options)
+    _check_inputs(original, config, options.folder)
     _claim(original, options.folder)
     copied = _copy_store(original, config, options.folder)
     obstacles = compare_facts(original, _here(original, config, options.folder))
@@ -122,6 +123,19 @@ def replay_config(original: RunRecord, options: Options) -> RLHFConfig:
     return config_from_values(values, f"the replay of {original.path}")
 
 
+def _check_inputs(original: RunRecord, config: RLHFConfig, folder: Path) -> None:
+    """Whether data, files and models are there. Raises `ConfigError` that says from where relative paths are read."""
+    # The copy of the store is made in a folder that is not there yet.
+    asked = config.model_copy(update={"preferences": config.preferences.model_copy(update={"store": None})})
+    try:
+        preflight(asked, RunFolder(folder))
+    except UserError as error:
+        raise ConfigError(
+            f"{error}\n  A replay reads what the run named where it lies, relative paths from the folder in which you "
+            f"stand: start it where {original.path} was started"
+        ) from error
+
+
 def _claim(original: RunRecord, folder: Path) -> None:
     """Marks the folder as the replay of this run. Raises `ConfigError` when something else is in it."""
     mark = {"run": str(original.path.resolve()), "started": original.manifest.get("started")}
@@ -172,7 +186,7 @@ def _here(original: RunRecord, config: RLHFConfig, folder: Path) -> RunRecord:
         merged: Mapping[str, Any] = {key: before.inputs[key] for key in own} | dict(decisive.get("inputs", {}))
         stages[name] = StageRecord(name, "pending", (), {}, {}, merged, json.loads(json.dumps(decisive)), {}, None)
     manifest = {
-        "code": machine.code_state(),
+        "code": {**machine.code_state(), "content": machine.code_content()},
         "packages": machine.package_versions(),
         "hardware": machine.hardware(),
         "data": {"hash": data_hash, "content": content},
@@ -194,6 +208,7 @@ def _obstacle_lines(original: RunRecord, facts: Facts) -> list[str]:
     ]
     lines = [f"  {name}: {describe_facts(found, LABELS)}" for name, found in groups if found]
     unknown = [] if original.manifest.get("data") else ["the content of its data"]
+    unknown += [] if facts.code_known else ["its code"]
     unknown += [] if all(stage.compute for stage in original.stages.values()) else ["its number of threads"]
     if unknown:
         lines.append(f"  the run did not write down {' and '.join(unknown)}")
@@ -203,16 +218,17 @@ def _obstacle_lines(original: RunRecord, facts: Facts) -> list[str]:
 
 
 def _conclude(options: Options, difference: Difference) -> int:
-    causes = likely_causes(difference.facts, LABELS) if difference.verdict != "identical" else []
-    if difference.verdict != "identical" and not causes:
+    told = not (difference.identical or difference.empty)
+    causes = likely_causes(difference.facts, LABELS) if told else []
+    if told and not causes:
         causes = ["nothing that was written down differs: look for randomness without a seed, or atomics on a GPU"]
     if options.as_json:
         print(json.dumps({**to_json(difference), "likely_causes": causes}, indent=2))
     else:
-        say(_amount(difference) if difference.verdict == "identical" else headline(difference))
+        say(_amount(difference) if difference.identical else headline(difference))
         for cause in causes:
             say(f"  likely cause: {cause}")
-    if difference.verdict != "identical":
+    if not difference.identical:
         _tell(options, f"  rlhf diff {options.run} {options.folder} shows all of it")
         return EXIT_FAILURE
     if not (options.keep or options.chosen):

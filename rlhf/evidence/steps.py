@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Row = Mapping[str, Any]
@@ -23,7 +23,8 @@ class Divergence:
     """Two numbers that differ: at a step of a stage, or in its result (`step` None).
 
     `relative` is the difference as a share of the largest size that the metric has in the stage, in either run;
-    infinite where one of them is no finite number. `num_others` more metrics differ at this step.
+    infinite where one of them is no finite number. `num_others` more metrics differ at this step. `alone`: one run has
+    no such metric there.
     """
 
     stage: str
@@ -33,6 +34,12 @@ class Divergence:
     second: Any
     relative: float
     num_others: int = 0
+    alone: bool = False
+
+    @property
+    def place(self) -> tuple[str, int | None]:
+        """Stage and step."""
+        return self.stage, self.step
 
     def describe(self) -> str:
         """`ppo step 3: ppo/score_mean 1.25 against 1.3 (relative 0.038)`."""
@@ -52,7 +59,7 @@ class StageSteps:
 
     `first` is the first step at which anything differs, `beyond` the first at which more than rounding does, `largest`
     the largest relative difference, `growth` the largest one at some of the steps. `unmatched` has the steps that one
-    run alone logged, within the part that both reached.
+    run alone logged, within the part that both were to reach.
     """
 
     num_compared: int
@@ -65,10 +72,19 @@ class StageSteps:
     unmatched: tuple[int, ...]
 
 
-def compare_steps(stage: str, first: Sequence[Row], second: Sequence[Row], *, thinned: bool = False) -> StageSteps:
+def compare_steps(
+    stage: str,
+    first: Sequence[Row],
+    second: Sequence[Row],
+    *,
+    finished: bool = False,
+    thinned: tuple[bool, bool] = (False, False),
+) -> StageSteps:
     """Compares the lines of a stage by their step; several lines of a step in their order.
 
-    `thinned`: one of the runs is a record from which steps were left out, so steps of one alone mean nothing.
+    `finished`: both came to the stage's end, so that a step which one alone has is a difference wherever it is; else
+    only up to the last step that both reached. `thinned`: which of the two is a record from which steps were left out,
+    so that a step which it has not means nothing.
     """
     ours, theirs = _by_step(first), _by_step(second)
     both = [key for key in ours if key in theirs]
@@ -79,8 +95,11 @@ def compare_steps(stage: str, first: Sequence[Row], second: Sequence[Row], *, th
         found.append((key[0], differing))
     differing_steps = [(step, parts) for step, parts in found if parts]
     beyond = [(step, [part for part in parts if not is_rounding(part)]) for step, parts in differing_steps]
-    reached = min(max((key[0] for key in side), default=-1) for side in (ours, theirs))
-    unmatched = sorted({key[0] for key in ours.keys() ^ theirs.keys() if key[0] <= reached})
+    reached = math.inf if finished else min(max((key[0] for key in side), default=-1) for side in (ours, theirs))
+    alone = (set() if thinned[1] else ours.keys() - theirs.keys()) | (
+        set() if thinned[0] else theirs.keys() - ours.keys()
+    )
+    unmatched = sorted({key[0] for key in alone if key[0] <= reached})
     return StageSteps(
         num_compared=len(both),
         num_first=len(ours),
@@ -89,7 +108,7 @@ def compare_steps(stage: str, first: Sequence[Row], second: Sequence[Row], *, th
         beyond=next((_worst(parts) for _, parts in beyond if parts), None),
         largest=max((part.relative for _, parts in found for part in parts), default=0.0),
         growth=_growth(found),
-        unmatched=() if thinned else tuple(unmatched),
+        unmatched=tuple(unmatched),
     )
 
 
@@ -140,15 +159,14 @@ def _row_differences(
     names += [name for name in second if name not in first]
     for name in names:
         ours, theirs = first.get(name), second.get(name)
-        if not _equal(ours, theirs) or (name in first) != (name in second):
-            yield Divergence(stage, step, name, ours, theirs, _relative(ours, theirs, scales.get(name)))
+        alone = (name in first) != (name in second)
+        if not _equal(ours, theirs) or alone:
+            yield Divergence(stage, step, name, ours, theirs, _relative(ours, theirs, scales.get(name)), alone=alone)
 
 
 def _worst(parts: Sequence[Divergence]) -> Divergence:
-    worst = max(parts, key=lambda part: part.relative)
-    return Divergence(
-        worst.stage, worst.step, worst.metric, worst.first, worst.second, worst.relative, num_others=len(parts) - 1
-    )
+    """The largest difference; a metric that one run alone has says less than one whose values differ."""
+    return replace(max(parts, key=lambda part: (not part.alone, part.relative)), num_others=len(parts) - 1)
 
 
 def _growth(found: Sequence[tuple[int, list[Divergence]]]) -> tuple[tuple[int, float], ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from rlhf.evidence.judging import Verdict, judge, show_band, show_number
 from rlhf.evidence.output import refuse_launchers, standard_output_to_error
 from rlhf.evidence.record import RunRecord, full_config, read_record
 from rlhf.evidence.recording import check_seeds, record_baseline
-from rlhf.evidence.sameness import Sameness, explain_failure, same_experiment
+from rlhf.evidence.sameness import CAUSE, Sameness, doubts, explain_failure, same_experiment, steps_line
+from rlhf.runs.machine import code_content
 from rlhf.terminal import say
 
 USAGE = """usage: rlhf verify                                        lists the baselines, what each asks and costs
@@ -61,6 +62,11 @@ class Judgement:
     def passed(self) -> bool:
         """Whether every line says PASS."""
         return all(verdict.passed for verdict in self.verdicts) and all(line.passed for line in self.sameness)
+
+    @property
+    def cause(self) -> str:
+        """The likeliest cause of a FAIL; empty on PASS."""
+        return next((line.removeprefix(CAUSE) for line in self.explanation if line.startswith(CAUSE)), "")
 
 
 def run_verify(arguments: Sequence[str], debug: bool) -> int:
@@ -170,14 +176,30 @@ def _run_seeds(baseline: Baseline, options: Options, debug: bool) -> dict[int, R
         if code != EXIT_SUCCESS:
             return code
         runs[config.seed] = read_record(folder)
+        _warn_of_other_code(runs[config.seed], options)
     return runs
+
+
+def _warn_of_other_code(record: RunRecord, options: Options) -> None:
+    """Finished stages are taken as they are: an edit of the code since then is in none of their numbers."""
+    code = record.manifest.get("code")
+    made_by = code.get("content") if isinstance(code, Mapping) else None
+    here = code_content()
+    if isinstance(made_by, Mapping) and made_by != here:
+        folders = sorted(key for key in made_by.keys() | here.keys() if made_by.get(key) != here.get(key))
+        named = ", ".join(folders[:6]) + (f" and {len(folders) - 6} more" if len(folders) > 6 else "")
+        _tell(
+            options,
+            f"note: {record.path} was made by other code than is here ({named}): nothing of that is in its numbers. "
+            "run.dir=FOLDER makes the run anew",
+        )
 
 
 def _warn_beforehand(config: RLHFConfig, baseline: Baseline, options: Options) -> None:
     """A run that is going to be of another experiment is said before it takes its time."""
-    if not baseline.recorded.is_dir():
+    record = _recorded(baseline)
+    if record is None:
         return
-    record = read_record(baseline.recorded)
     wanted = RunRecord(Path(), {}, full_config(config.model_dump(mode="json")), record.stages, ())
     facts = compare_facts(wanted, record).results
     if facts:
@@ -212,14 +234,26 @@ def _baseline_of(record: RunRecord) -> Baseline:
 def judge_run(record: RunRecord, baseline: Baseline) -> Judgement:
     """Judges one run by the bands, and whether it is of the recorded experiment at all."""
     verdicts = tuple(judge(check, record) for check in baseline.expected.checks)
-    difference = compare(record, read_record(baseline.recorded)) if baseline.recorded.is_dir() else None
+    recorded = _recorded(baseline)
+    difference = compare(record, recorded) if recorded is not None else None
     sameness = tuple(same_experiment(difference)) if difference is not None else ()
     judged = Judgement(record, verdicts, sameness, difference)
-    if judged.passed or difference is None:
+    if judged.passed:
         return judged
-    remarks = [verdict.remark for verdict in verdicts if not verdict.passed]
-    explanation = tuple(explain_failure(difference, baseline.expected.seeds, remarks))
-    return Judgement(record, verdicts, sameness, difference, explanation)
+    return replace(judged, explanation=tuple(explain_failure(record, difference, baseline.expected, verdicts)))
+
+
+def _recorded(baseline: Baseline) -> RunRecord | None:
+    """The recorded run, None where none is recorded. Raises `ConfigError` for a folder that is not one."""
+    if not baseline.recorded.is_dir():
+        return None
+    try:
+        return read_record(baseline.recorded)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the baseline's record is damaged: {error}. Get it again (git checkout -- {baseline.recorded}), or remove "
+            "the folder to judge by the bands alone"
+        ) from error
 
 
 def _report(options: Options, baseline: Baseline, judged: Sequence[Judgement]) -> int:
@@ -249,15 +283,23 @@ def render(baseline: Baseline, judged: Sequence[Judgement]) -> Iterator[str]:
             yield f"  {_word(line.passed)}  {line.name}: {line.text}"
         if one.difference is None:
             yield f"  note: {baseline.recorded} is not there: whether config and data are the same is not known"
+        elif one.passed:
+            yield from (f"  note: {doubt}" for doubt in doubts(one.record, one.difference))
+            yield f"  note: {steps_line(one.difference)}"
         if one.explanation:
-            yield f"  against the recorded run, {baseline.recorded}:"
+            yield f"  against the recorded run, {baseline.recorded}:" if one.difference is not None else "  why:"
             yield from (f"    {line}" for line in one.explanation)
     yield ""
     lines = [verdict.passed for one in judged for verdict in one.verdicts]
     lines += [line.passed for one in judged for line in one.sameness]
     num_failed = lines.count(False)
     runs = f" of {len(judged)} seeds" if len(judged) > 1 else ""
-    yield f"FAIL: {num_failed} of {len(lines)} checks{runs}" if num_failed else f"PASS: {len(lines)} checks{runs}"
+    if not num_failed:
+        yield f"PASS: {len(lines)} checks{runs}"
+        return
+    first = next(one for one in judged if not one.passed)
+    seed = f" (seed {first.record.seed})" if len(judged) > 1 else ""
+    yield f"FAIL: {num_failed} of {len(lines)} checks{runs}; {CAUSE}{first.cause}{seed}"
 
 
 def _verdict_lines(verdict: Verdict, source: str) -> Iterator[str]:
@@ -302,6 +344,7 @@ def to_json(baseline: Baseline, judged: Sequence[Judgement]) -> dict[str, Any]:
                     for verdict in one.verdicts
                 ],
                 "sameness": [vars(line) for line in one.sameness],
+                "likely_cause": one.cause or None,
                 "explanation": list(one.explanation),
             }
             for one in judged

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from rlhf.errors import DiskFullError, ReadOnlyError, StorageError
-from rlhf.runs.jsonable import dump_json
+from rlhf.runs.jsonable import dump_json, read_json
 
 PARTIAL = ".partial"
 READY = ".ready"
@@ -316,7 +316,8 @@ def hash_file(path: Path) -> str:
 def hash_path(path: Path) -> str:
     """SHA-256 of a file, or of a folder: its sorted relative names, each with its file's hash.
 
-    Leftovers of killed runs and empty folders do not count; linked files do, as files.
+    Leftovers of killed runs and empty folders do not count; linked files do, as files. Nor does it count where the base
+    of an adapter lies: the same adapter in another run's folder has the same content.
     """
     if path.is_file():
         return hash_file(path)
@@ -324,8 +325,17 @@ def hash_path(path: Path) -> str:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     digest = hashlib.sha256()
     for name, file in sorted((file.relative_to(path).as_posix(), file) for file in _whole_files(path)):
-        digest.update(f"{len(name.encode())} {name} {hash_file(file)}\n".encode())
+        digest.update(f"{len(name.encode())} {name} {_hash_within(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _hash_within(file: Path) -> str:
+    """The hash of a file in a folder; of an adapter's config without the place of its base."""
+    if file.name == "adapter_config.json":
+        body = read_json(file)
+        if isinstance(body, dict) and os.path.isabs(str(body.get("base_model_name_or_path"))):
+            return fingerprint({key: value for key, value in body.items() if key != "base_model_name_or_path"})
+    return hash_file(file)
 
 
 def fingerprint(obj: Any) -> str:

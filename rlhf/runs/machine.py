@@ -39,14 +39,25 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
-def code_state(package: Path | None = None) -> dict[str, str | None]:
+def code_content(package: Path | None = None) -> dict[str, str]:
+    """A hash of the Python files of each folder of the package, by its path: `rlhf/rewards`. Needs no git."""
+    root = (package or Path(__file__).resolve().parents[1]).resolve()
+    folders: dict[str, Any] = {}
+    for path in sorted(root.rglob("*.py")):
+        digest = folders.setdefault(path.parent.relative_to(root.parent).as_posix(), hashlib.sha256())
+        digest.update(path.name.encode() + b"\0" + _content(path))
+    return {folder: digest.hexdigest()[:12] for folder, digest in folders.items()}
+
+
+def code_state(package: Path | None = None) -> dict[str, Any]:
     """`commit` of the checkout the package runs from and `diff_hash` of what is not committed of it.
 
     Both None when the package is installed rather than run from its checkout; `diff_hash` None when there is nothing
-    uncommitted. The hash covers the tracked changes and the content of new files in the code and config folders.
+    uncommitted, else `changed` lists the files. The hash covers the tracked changes and the content of new files in the
+    code and config folders.
     """
     root = (package or Path(__file__).resolve().parents[1]).resolve().parent
-    nothing: dict[str, str | None] = {"commit": None, "diff_hash": None}
+    nothing: dict[str, Any] = {"commit": None, "diff_hash": None}
     # An installed package may lie inside a checkout of something else; only the checkout's own root counts.
     if not (root / ".git").exists():
         return nothing
@@ -67,7 +78,15 @@ def code_state(package: Path | None = None) -> dict[str, str | None]:
         digest.update(change + b"\n")
         if change.startswith(b"? "):
             digest.update(_content(root / os.fsdecode(change[2:])))
-    return {"commit": commit, "diff_hash": digest.hexdigest()}
+    # Of a rename the new name is what comes before the old one's own entry.
+    files = sorted({os.fsdecode(_changed_file(change)) for change in changes} - {""})
+    return {"commit": commit, "diff_hash": digest.hexdigest(), "changed": files}
+
+
+def _changed_file(entry: bytes) -> bytes:
+    """The path in an entry of `git status --porcelain=v2 -z`, which begins with `?` or with 8, 9 or 10 other fields."""
+    fields = {b"? ": 1, b"1 ": 8, b"2 ": 9, b"u ": 10}.get(entry[:2], 0)
+    return entry.split(b" ", fields)[fields] if fields else b""
 
 
 def hardware() -> dict[str, Any]:

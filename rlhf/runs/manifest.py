@@ -2,14 +2,16 @@
 
     schema, status, exit_status, started, ended, seconds
     command, config, config_hash, seed
-    code {commit, diff_hash}, packages {name: version}, hardware {platform, cpu, cores, memory_bytes, gpus}
+    code {commit, diff_hash, changed [file], content {folder: hash}}, packages {name: version}
+    hardware {platform, cpu, cores, memory_bytes, gpus}
     data {hash, content}       the data with its settings, as fingerprints have it; the content alone
     stages {name: {status, seconds, fingerprint, inputs {name: path}, input_hashes {name: hash}, outputs {name: hash},
                    compute {device, precision, num_threads, ...}, summary, peak_memory_bytes}}
     attempts [{started, ended, seconds, command, outcome, exit_status, code}]      one for each start, oldest first
 
-Times are UTC. An attempt that was killed cannot say so itself: the next start finds it still "running" and writes
-"killed".
+Code and packages are those with which a stage was last begun: an attempt that finds every stage finished changes
+neither, and has its own in `here` until it ends. Times are UTC. An attempt that was killed cannot say so itself: the
+next start finds it still "running" and writes "killed".
 """
 
 from __future__ import annotations
@@ -57,6 +59,10 @@ def start_manifest(
             if attempt.get("outcome") == "running":
                 attempt["outcome"] = "killed"
         known = manifest.get("stages", {})
+        manifest.pop("here", None)
+        made_with = {"code": {**code, "content": machine.code_content()}, "packages": machine.package_versions()}
+        if "code" in manifest and any(entry.get("status") == "finished" for entry in known.values()):
+            made_with = {"here": made_with}
         manifest.update(
             schema=SCHEMA,
             status="running",
@@ -68,8 +74,7 @@ def start_manifest(
             config=dict(config),
             config_hash=config_hash,
             seed=seed,
-            code=code,
-            packages=machine.package_versions(),
+            **made_with,
             hardware=machine.hardware(),
             stages={**known, **{name: _at_start(known.get(name, {})) for name in stages}},
             attempts=[
@@ -81,7 +86,7 @@ def start_manifest(
                     "command": list(command),
                     "outcome": "running",
                     "exit_status": None,
-                    "code": code,
+                    "code": {key: value for key, value in code.items() if key != "changed"},
                 },
             ],
         )
@@ -99,6 +104,7 @@ def update_stage(run: RunFolder, stage: str, **fields: Any) -> dict[str, Any]:
     """Sets fields of a stage's entry: `status`, `seconds`, `fingerprint`, `inputs`, `outputs`, `metrics`, ...
 
     `peak_memory_bytes` keeps the largest value it was given, so that every rank and every resume may report its own.
+    A stage that is "running" is made with the code and packages of this attempt.
     Raises `ValueError` for a status that is not a `StageStatus`.
     """
     status = fields.get("status")
@@ -109,6 +115,8 @@ def update_stage(run: RunFolder, stage: str, **fields: Any) -> dict[str, Any]:
         if fields.get("peak_memory_bytes") is not None:
             fields["peak_memory_bytes"] = max(fields["peak_memory_bytes"], entry.get("peak_memory_bytes") or 0)
         entry.update(fields)
+        if status == "running":
+            manifest.update(manifest.pop("here", {}))
     return manifest
 
 
@@ -128,6 +136,7 @@ def finish_manifest(run: RunFolder, exit_status: int) -> dict[str, Any]:
         outcome = "waiting"
     with _changing(run) as manifest:
         now = _now()
+        manifest.pop("here", None)
         attempts = manifest.get("attempts", [])
         if attempts:
             attempts[-1].update(

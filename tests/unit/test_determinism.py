@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.zero import ZeroConfig
 from rlhf.distributed.determinism import explain_refusal, prepare_environment
+from rlhf.distributed.facts import compute_facts
 from rlhf.distributed.zero import deepspeed_json
 from rlhf.errors import ConfigError
 from rlhf.worker import exit_code_of, explain
@@ -142,3 +144,11 @@ def test_layer_norm_adds_up_in_another_order_on_two_threads() -> None:
     assert torch.equal(two, two_again)
     assert not torch.equal(one, two)
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+def test_the_manifest_has_the_variables_that_decide_how_sums_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime: Any = SimpleNamespace(device=torch.device("cpu"), precision="fp32", world_size=1)
+    names = ("FLASH_ATTENTION_DETERMINISTIC", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "DNNL_MAX_CPU_ISA")
+    for name in names:
+        monkeypatch.setenv(name, "x")
+    assert dict.fromkeys(names, "x").items() <= compute_facts(runtime)["variables"].items()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.errors import ArtifactError, ConfigError
+from rlhf.errors import ConfigError
 from rlhf.evidence.diff import headline, render, run_diff, to_json
 from rlhf.evidence.difference import Difference, compare
 from rlhf.evidence.facts import Fact, Facts, kind_of
@@ -68,6 +68,14 @@ def test_of_several_metrics_of_a_step_the_largest_difference_is_named(tmp_path: 
     assert headline(found) == ("diverging at ppo step 1: ppo/entropy 2 against 1 (relative 0.5; 1 more at this step)")
 
 
+def test_a_metric_of_one_run_alone_is_named_where_no_other_differs(tmp_path: Path) -> None:
+    plain, more = ppo_rows([1.0]), ppo_rows([0.9], **{"ppo/reward/length": -1.0})
+    found = two(tmp_path / "a", {"rows": {"ppo": plain}}, {"rows": {"ppo": more}})
+    assert headline(found).startswith("diverging at ppo step 1: ppo/score_mean 1 against 0.9 (relative 0.1; 1 more")
+    same = two(tmp_path / "b", {"rows": {"ppo": plain}}, {"rows": {"ppo": [{**plain[0], "ppo/extra": 1.0}]}})
+    assert headline(same) == "diverging at ppo step 1: ppo/extra nothing against 1 (relative infinite)"
+
+
 def test_rounding_is_told_from_identity_and_from_divergence(tmp_path: Path) -> None:
     close = scores(tmp_path / "close", [1.0, 0.5], [1.0, 0.5000003])
     assert close.verdict == "rounding"
@@ -75,6 +83,11 @@ def test_rounding_is_told_from_identity_and_from_divergence(tmp_path: Path) -> N
         "equal to rounding (max relative 3e-07; first at ppo step 2: ppo/score_mean 0.5 against 0.5000003 "
         "(relative 3e-07))"
     )
+    # Both at one step: the step is named once.
+    mixed = {"rows": {"ppo": ppo_rows([1.0], **{"ppo/entropy": 1.0})}}
+    both = two(tmp_path / "both", mixed, {"rows": {"ppo": ppo_rows([0.7], **{"ppo/entropy": 1.0000001})}})
+    assert headline(both) == "diverging at ppo step 1: ppo/score_mean 1 against 0.7 (relative 0.3)"
+    assert sum("ppo/score_mean 1 against" in line for line in render(both)) == 2  # on top, and with its stage
     # First a difference in the seventh digit, at the end one in the first: it diverges where it exceeds rounding.
     grown = scores(tmp_path / "grown", [1.0, 0.5, 1.0], [1.0000001, 0.5, 0.7])
     assert grown.verdict == "different"
@@ -101,7 +114,14 @@ def test_steps_that_one_run_alone_logged(tmp_path: Path) -> None:
     rows = [{"step": 1, "x": 1.0}, {"step": 2, "x": 1.0}, {"step": 4, "x": 1.0}]
     steps = compare_steps("ppo", rows, [rows[0], rows[2]])
     assert (steps.num_compared, steps.unmatched) == (2, (2,))
-    assert compare_steps("ppo", rows, [rows[0], rows[2]], thinned=True).unmatched == ()
+    assert compare_steps("ppo", rows, [rows[0], rows[2]], thinned=(False, True)).unmatched == ()
+    assert compare_steps("ppo", [rows[0], rows[2]], rows, thinned=(False, True)).unmatched == (2,)
+    # A last line that is missing: of a finished stage a difference, of one that goes on none.
+    assert compare_steps("ppo", rows, rows[:2]).unmatched == ()
+    assert compare_steps("ppo", rows, rows[:2], finished=True).unmatched == (4,)
+    shorter = two(tmp_path, {"rows": {"ppo": ppo_rows([0.5, 0.6])}}, {"rows": {"ppo": ppo_rows([0.5])}})
+    assert shorter.verdict == "different"
+    assert headline(shorter).endswith("ppo step 2 was logged by one alone")
     # Two lines of one step are compared in their order.
     assert compare_steps("ppo", [*rows, {"step": 4, "x": 2.0}], [*rows, {"step": 4, "x": 2.0}]).first is None
 
@@ -276,11 +296,19 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         run_diff([run])
     with pytest.raises(ConfigError, match="unknown flag --jsn"):
         run_diff([run, run, "--jsn"])
-    with pytest.raises(ArtifactError, match="there is no folder"):
+    with pytest.raises(ConfigError, match="there is no folder"):
         run_diff([run, str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtifactError, match=r"is not a run folder: there is no manifest\.json in it"):
+    with pytest.raises(ConfigError, match=r"is not a run folder: there is no manifest\.json in it"):
         run_diff([run, str(tmp_path / "empty")])
     (tmp_path / "empty/manifest.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"its manifest\.json is not one"):
+    with pytest.raises(ConfigError, match=r"its manifest\.json is damaged"):
         run_diff([run, str(tmp_path / "empty")])
+
+
+def test_runs_without_anything_in_common_are_not_identical(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither two that stopped before their first number, nor one that stopped before the other's stages."""
+    first = write_run(tmp_path / "a", rows={"sft": []}, unfinished=["sft"])
+    second = write_run(tmp_path / "b", rows={"sft": [], "ppo": ppo_rows([0.5])}, unfinished=["sft"])
+    assert run_diff([str(first), str(second), "--exit-code"]) == 1
+    assert "nothing to compare: the runs have no line of metrics" in capsys.readouterr().out

@@ -78,7 +78,7 @@ def test_a_malformed_file_is_named(tmp_path: Path) -> None:
     changes: list[tuple[dict[str, Any], str]] = [
         ({"quesion": "x"}, r"quesion: unknown key; did you mean question\?"),
         ({"schema": "expected/2"}, "'expected/1', got 'expected/2'"),
-        ({"checks": []}, "at least 1 item"),
+        ({"checks": []}, "checks: is empty: at least one is needed"),
         ({"checks": [check(), check()]}, "two checks have the name 'score'"),
         ({"source": None}, "valid string"),
     ]
@@ -148,7 +148,8 @@ def test_what_a_check_reads(tmp_path: Path, reading: dict[str, Any], seen: float
     ("reading", "remark"),
     [
         ({"stage": "dpo"}, "no stage dpo: the run has ppo"),
-        ({"metric": "ppo/scores"}, "no line of stage ppo has ppo/scores: there are ppo/score_mean"),
+        ({"metric": "ppo/scores"}, "no line of stage ppo has ppo/scores; did you mean ppo/score_mean?"),
+        ({"metric": "kl"}, "no line of stage ppo has kl: there are ppo/score_mean"),
         ({"at": "step:9"}, "ppo/score_mean of stage ppo has no step 9"),
         ({"at": "mean_last:9"}, "has 4 lines, and the mean of 9 is asked"),
         ({"at": "result", "metric": "judge"}, "has no number judge: there are win_rate, plain, table, fits"),
@@ -182,3 +183,17 @@ def test_limits_and_what_is_not_finite(tmp_path: Path) -> None:
         show_band(Check.model_validate_json(json.dumps(check(**limits)))) for limits in ({"low": 1.0}, {"high": 2.0})
     ]
     assert bands == ["at least 1", "at most 2"]
+
+
+def test_limits_that_are_no_finite_numbers_are_refused(tmp_path: Path) -> None:
+    path = write_expected_file(tmp_path, [check(low=0.0)])
+    for text in ("NaN", "1e400", "-Infinity"):
+        path.write_text(path.read_text().partition('"low": ')[0] + f'"low": {text}}}]}}')
+        with pytest.raises(ConfigError, match=r"checks\.0\.low \(check 'score'\): "):
+            read_expected(path)
+    # A mistake between two keys names them, and does not print the whole check.
+    path = write_expected_file(tmp_path, [check(low=9.0, high=1.0)])
+    with pytest.raises(ConfigError, match=r"low \(9\) is above high \(1\)$"):
+        read_expected(path)
+    with pytest.raises(ConfigError, match="checks: is empty: at least one is needed"):
+        read_expected(write_expected_file(tmp_path, []))

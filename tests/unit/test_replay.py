@@ -122,7 +122,8 @@ def test_what_cannot_be_the_same_is_said_before_it_runs(
     said = capsys.readouterr().out
     assert "data: the data's content there embedded 0, here embedded" in said
     assert (
-        "code: code commit there aaaaaaaaaaaa, here bbbbbbbbbbbb; code diff_hash there none, here cccccccccccc" in said
+        "code: code commit there aaaaaaaaaaaa, here bbbbbbbbbbbb; code not committed there none, here cccccccccccc"
+        in said
     )
     assert "the run did not write down its number of threads" in said
 
@@ -132,7 +133,9 @@ def test_input_models_are_checked_by_their_content(
 ) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    (model / "weights").write_text("1")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (model / name).write_text("1")
+    (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
     inputs = {"policy": "0" * 64, "reference": "0" * 64}
     run = write_run(
         tmp_path / "run",
@@ -184,7 +187,8 @@ def test_no_folder_is_taken_that_is_something_else(original: Path, monkeypatch: 
 
 def test_labels_of_people_come_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "labels.sqlite"
-    run = write_run(tmp_path / "run", "stages=[sft,collect]", f"preferences.store={store}", rows={"collect": []})
+    begun: dict[str, list[dict[str, Any]]] = {"sft": [], "collect": []}
+    run = write_run(tmp_path / "run", "stages=[sft,collect]", f"preferences.store={store}", rows=begun)
     options = parse_options([str(run)])
     config = replay_config(read_record(run), options)
     assert config.preferences.store == str(tmp_path / "run-replay/preferences-replay.sqlite")
@@ -197,6 +201,10 @@ def test_labels_of_people_come_from_a_copy(tmp_path: Path, monkeypatch: pytest.M
     assert "nobody is asked again" in replay._copy_store(read_record(run), config, options.folder)[0]
     with closing(sqlite3.connect(options.folder / "preferences-replay.sqlite")) as copy:
         assert copy.execute("SELECT answer FROM labels").fetchall() == [("first",)]
+    # Nor is the folder that the copy goes to asked for before it is made.
+    stand_in(monkeypatch, code=143)
+    assert run_replay([str(run), f"run.dir={tmp_path}/chosen"], debug=False) == 143
+    assert (tmp_path / "chosen/preferences-replay.sqlite").is_file()
 
 
 def test_mistakes_in_the_arguments(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,3 +220,19 @@ def test_mistakes_in_the_arguments(original: Path, monkeypatch: pytest.MonkeyPat
     (original / "manifest.json").write_text(json.dumps({**body, "recorded": {"every": 1}}))
     with pytest.raises(ArtifactError, match="is the record of a run; rlhf verify runs its experiment again"):
         run_replay([str(original)], debug=False)
+
+
+def test_inputs_that_are_gone_are_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is read from where one stands, which is the likeliest reason for a file that is not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.py").write_text("def reward(prompts, completions, **columns): return [0.0]\n")
+    run = write_run(tmp_path / "run", "ppo.rewards={mine: {type: function, file: reward.py}}", **AS_HERE)
+    stand_in(monkeypatch, code=143)
+    assert run_replay([str(run)], debug=False) == 143
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"reward\.py.*\n  A replay reads .* start it where .*run was started"):
+        run_replay([str(run), f"run.dir={tmp_path}/other"], debug=False)
+    assert not (tmp_path / "other").exists()

@@ -273,6 +273,21 @@ def test_hash_path_sees_names_and_contents(tmp_path: Path) -> None:
         files.hash_path(tmp_path / "missing")
 
 
+def test_where_the_base_of_an_adapter_lies_is_not_its_content(tmp_path: Path) -> None:
+    """Else the same run in another folder, a replay for one, would end with another model."""
+
+    def adapter(name: str, base: str, rank: int = 8) -> str:
+        files.write_json(tmp_path / name / "adapter_config.json", {"base_model_name_or_path": base, "r": rank})
+        files.write_text(tmp_path / name / "adapter_model.safetensors", "weights")
+        return files.hash_path(tmp_path / name)
+
+    here = adapter("a", "/runs/one/stages/sft/model")
+    assert adapter("b", "/runs/one-replay/stages/sft/model") == here
+    assert adapter("c", "/runs/one/stages/sft/model", rank=4) != here
+    # The id of a model on a hub says which model it is.
+    assert adapter("d", "gpt2") != adapter("e", "gpt2-large")
+
+
 def test_fingerprint_ignores_order_only() -> None:
     assert files.fingerprint({"a": 1, "b": [1, 2]}) == files.fingerprint({"b": (1, 2), "a": 1})
     others = [{"a": 1}, {"a": 1.5}, {"a": "1"}, {"a": None}, {"a": math.nan}, {"a": math.inf}, {"a": True}, {"a": [1]}]

@@ -50,6 +50,31 @@ def test_attempts_and_stages(tmp_path: Path) -> None:
     assert manifest.update_manifest(run, note="n")["note"] == "n"
 
 
+def test_code_and_packages_are_those_that_made_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command again after an upgrade finds everything finished: nothing was made with the other version."""
+    run = RunFolder(tmp_path)
+    versions = {"torch": "1"}
+    monkeypatch.setattr(machine, "package_versions", lambda: dict(versions))
+    monkeypatch.setattr(machine, "code_content", lambda: {"rlhf/ops": versions["torch"]})
+    start(run)
+    for stage in ("sft", "ppo"):
+        manifest.update_stage(run, stage, status="running")
+        manifest.update_stage(run, stage, status="finished")
+    manifest.finish_manifest(run, 0)
+    versions["torch"] = "2"
+    start(run)
+    body = manifest.finish_manifest(run, 0)
+    assert (body["packages"], body["code"]["content"], len(body["attempts"])) == ({"torch": "1"}, {"rlhf/ops": "1"}, 2)
+    # Killed, and then one that makes a stage: what is noted is what that one has.
+    start(run)
+    versions["torch"] = "3"
+    start(run)
+    manifest.update_stage(run, "ppo", status="running")
+    body = manifest.finish_manifest(run, 0)
+    assert (body["packages"], body["code"]["content"]) == ({"torch": "3"}, {"rlhf/ops": "3"})
+    assert "here" not in body
+
+
 def test_peak_memory_keeps_the_largest_and_status_is_checked(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     start(run)
@@ -116,6 +141,28 @@ def test_code_state(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     assert machine.code_state(package) == before
     assert machine.code_state(tmp_path / ".venv" / "site-packages" / "rlhf") == {"commit": None, "diff_hash": None}
+    # The files by their names, renamed ones by the new name.
+    assert before["changed"] == ["rlhf/a.py", "rlhf/b.py"]
+    git(tmp_path, "add", ".")
+    git(tmp_path, "mv", "rlhf/a.py", "rlhf/with space.py")
+    assert {"rlhf/b.py", "rlhf/with space.py"} <= set(machine.code_state(package)["changed"])
+
+
+def test_the_content_of_the_code_by_folder(tmp_path: Path) -> None:
+    """Also where there is no git to ask."""
+    package = tmp_path / "rlhf"
+    (package / "rewards/rules").mkdir(parents=True)
+    for name in ("a.py", "rewards/b.py", "rewards/rules/c.py", "rewards/notes.txt"):
+        (package / name).write_text(name)
+    before = machine.code_content(package)
+    assert list(before) == ["rlhf", "rlhf/rewards", "rlhf/rewards/rules"]
+    (package / "rewards/b.py").write_text("changed")
+    (package / "rewards/notes.txt").write_text("changed")
+    after = machine.code_content(package)
+    assert [folder for folder in before if before[folder] != after[folder]] == ["rlhf/rewards"]
+    (package / "rewards/b.py").rename(package / "rewards/d.py")
+    assert machine.code_content(package)["rlhf/rewards"] != after["rlhf/rewards"]
+    assert "rlhf/rewards" in machine.code_content()
 
 
 def test_gpus_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,20 @@ def test_a_changed_key_keeps_the_checkpoints_aside_and_is_named(tmp_path: Path) 
     assert (kept / "checkpoints" / "checkpoint-20" / "weights").read_text() == "an hour"
 
 
+def test_changed_data_is_named_by_its_keys_and_its_content(tmp_path: Path) -> None:
+    """Not as the whole of its settings, of which only the beginning would be seen."""
+    run, *_ = run_with(tmp_path)
+    leave_checkpoint(run, "weeks")
+    _, _, note = run_with(tmp_path, "data.num_demonstrations=65")
+    assert note is not None
+    assert "sft starts over: data.num_demonstrations 6000 → 65. What" in note
+    leave_checkpoint(run, "weeks")
+    config = load_config(["data.num_demonstrations=65", "stages=[sft]"]).config
+    _, note = begin_stage(run, plan_stage(config, run, "sft", "1" * 64))
+    assert note is not None
+    assert "sft starts over: the data's hash \"000" in note
+
+
 def test_a_finished_model_is_kept_aside_too(tmp_path: Path) -> None:
     run, *_ = run_with(tmp_path)
     finish(run)

@@ -95,6 +95,18 @@ def test_what_prints_and_nothing_else_still_says_that_it_could_not() -> None:
     assert (result.returncode, result.stderr) == (1, "")
 
 
+def test_help_that_nobody_reads_is_no_traceback() -> None:
+    result = run_unread(
+        """
+        import sys
+        from rlhf.cli import main
+        sys.stdout.reconfigure(write_through=True)
+        main(["--help"])
+        """
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_a_closed_terminal_ends_neither_the_live_line_nor_the_stage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,12 +106,12 @@ def test_fail_of_another_seed_with_a_too_tight_band(tmp_path: Path, baseline: Ba
     path = write_run(tmp_path / "run", "seed=4", rows=rows_of(0.73), code=commit)
     text = text_of(path, read_expected(baseline.path))
     assert "FAIL  score: 0.73, expected in [0.699, 0.721]" in text
-    assert "likely cause: the band is too tight: the recorded values of seeds 1, 2, 3 give [0.595" in text
+    assert "likely cause: the band of 'score' is too tight: the recorded values of seeds 1, 2, 3 give [0.595" in text
     assert "likely cause: other code" not in text
     assert "code: code commit bbbbbbbbbbbb, recorded aaaaaaaaaaaa" in text
     assert "note: seed 4 is none of the recorded seeds 1, 2, 3" in text
     assert "steps: not compared, the recorded run has seed 1 and this one 4" in text
-    assert text.endswith("FAIL: 1 of 6 checks")
+    assert "\nFAIL: 1 of 6 checks; likely cause: the band of 'score' is too tight: the recorded" in text
 
 
 def test_fail_of_another_learning_rate(tmp_path: Path, baseline: Baseline) -> None:
@@ -124,7 +124,9 @@ def test_fail_of_another_learning_rate(tmp_path: Path, baseline: Baseline) -> No
     # Also where every number is in its band.
     lucky = text_of(write_run(tmp_path / "lucky", "ppo.learning_rate=3e-5", rows=rows_of(0.7)), baseline)
     assert "PASS  score" in lucky
-    assert lucky.endswith("FAIL: 1 of 6 checks")
+    assert lucky.endswith(
+        "FAIL: 1 of 6 checks; likely cause: another experiment: ppo.learning_rate 3e-05, recorded 3e-06"
+    )
 
 
 def test_fail_of_a_changed_data_file(tmp_path: Path, baseline: Baseline) -> None:
@@ -151,7 +153,12 @@ def test_fail_of_a_changed_reward(tmp_path: Path, baseline: Baseline) -> None:
 def test_code_packages_and_machine_are_notes_and_come_up_when_nothing_else_differs(
     tmp_path: Path, baseline: Baseline
 ) -> None:
-    other: Any = {"packages": {"torch": "2.9.0"}, "compute": {"device": "cpu", "num_threads": 4}}
+    made = {"ppo": {"model": "0" * 64}}
+    other: Any = {
+        "packages": {"torch": "2.9.0"},
+        "compute": {"device": "cpu", "num_threads": 4},
+        "outputs": made,
+    }
     good = write_run(tmp_path / "good", rows=rows_of(0.72), **other)
     assert text_of(good, baseline).endswith("PASS: 6 checks")
     text = text_of(write_run(tmp_path / "bad", rows=rows_of(0.95), **other), baseline)
@@ -162,8 +169,9 @@ def test_code_packages_and_machine_are_notes_and_come_up_when_nothing_else_diffe
     with_rate = write_run(tmp_path / "rate", "ppo.learning_rate=3e-5", rows=rows_of(0.95), **other)
     assert "likely cause: other package" not in text_of(with_rate, baseline)
     # The recorded seed, nothing that differs, and other numbers all the same.
-    strange = text_of(write_run(tmp_path / "strange", rows=rows_of(0.95)), baseline)
+    strange = text_of(write_run(tmp_path / "strange", rows=rows_of(0.95), outputs=made), baseline)
     assert "likely cause: none is known" in strange
+    assert "and so is the code" in strange
 
 
 def test_a_stage_that_is_missing_fails(tmp_path: Path, baseline: Baseline) -> None:
@@ -187,6 +195,17 @@ def test_too_few_seeds_and_numbers_that_are_missing_are_not_recorded(tmp_path: P
     with pytest.raises(ConfigError, match=r"check 'score', seed 1 .* no line of stage ppo has ppo/nothing"):
         record_baseline(stub, {1: run, 2: run, 3: run})
     assert not stub.recorded.exists()
+
+
+def test_a_band_that_no_run_could_leave_is_not_recorded(tmp_path: Path) -> None:
+    runs = {
+        seed: read_record(write_run(tmp_path / f"seed{seed}", f"seed={seed}", rows=rows_of(last)))
+        for seed, last in ((1, 0.1), (2, 0.5), (3, 0.9))
+    }
+    whole, half = ([check(range=limits)] for limits in ([-1, 1], [-1, None]))
+    with pytest.raises(ConfigError, match=r"'score' cannot fail: .* 0\.1, 0\.5, 0\.9, is the whole range .*, -1 to 1"):
+        record_baseline(read_expected(write_expected_file(tmp_path / "whole", whole)), runs)
+    record_baseline(read_expected(write_expected_file(tmp_path / "half", half)), runs)
 
 
 def test_the_verb_judges_a_run_folder(
