@@ -21,7 +21,6 @@ from rlhf.config.best_of_n import best_of_n_rewards
 from rlhf.config.peft import lora_content
 from rlhf.config.ppo import BOOKKEEPING as PPO_BOOKKEEPING
 from rlhf.config.preferences import annotator_files, annotator_rewards, decisive_content
-from rlhf.config.provenance import flatten
 from rlhf.config.training import BOOKKEEPING as TRAINING_BOOKKEEPING
 from rlhf.data.templates import chat_template
 from rlhf.distributed.zero import check_user_entries
@@ -32,6 +31,7 @@ from rlhf.preferences.annotators.checks import check_annotators, check_store
 from rlhf.preferences.rounds import earlier_labels
 from rlhf.preferences.waiting import store_path
 from rlhf.rewards import checks as reward_checks
+from rlhf.runs.decided_by import changes
 from rlhf.runs.files import fingerprint, hash_path
 from rlhf.runs.folder import RunFolder, StageFolder, StageResult
 from rlhf.runs.jsonable import read_json
@@ -369,30 +369,6 @@ def _reason(folder: StageFolder, plan: StagePlan, result: StageResult | None) ->
     if result is not None and result.fingerprint == plan.fingerprint:
         return f"its output is not what it had written ({', '.join(folder.altered_outputs(result))})"
     before = read_json(folder.decided_by)
-    now = json.loads(json.dumps(plan.decided_by))
-    if not isinstance(before, dict) or len(before.get("data", ())) != 2:
+    if not isinstance(before, dict):
         return "it was begun with another config or other inputs"
-    # The data's settings and its hash apart, so that only what differs is shown.
-    apart = [{**one, "data": dict(zip(("settings", "content"), one["data"], strict=True))} for one in (before, now)]
-    old, new = flatten(apart[0]), flatten(apart[1])
-    changed = sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
-    shown = [f"{_key_name(path, plan.name)} {_value(old.get(path))} → {_value(new.get(path))}" for path in changed[:4]]
-    return "; ".join(shown) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
-
-
-def _key_name(path: tuple[str, ...], stage: StageName) -> str:
-    """The config's key where there is one, else what the part of a fingerprint is called."""
-    if path[0] == "section" and path[1:2] == ("preferences",):
-        return ".".join(path[1:])
-    if path[0] == "section":
-        return ".".join((stage, *path[1:]))
-    if path[0] == "data":
-        return ".".join(("data", *path[2:])) if path[1:2] == ("settings",) else "the data's hash"
-    if path[0] == "inputs":
-        return f"the input {'.'.join(path[1:])}"
-    return {"precision": "distributed.precision", "version": "the stage's code, version"}.get(path[0], ".".join(path))
-
-
-def _value(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return changes(before, json.loads(json.dumps(plan.decided_by)), plan.name)
