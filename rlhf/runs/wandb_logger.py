@@ -191,9 +191,10 @@ class WandbLogger:
         """
         if not self._start.resume_step:
             return
-        if self._run.starting_step > 0:
-            # The server's count.
-            kept = max(kept or 0, self._run.starting_step)
+        # The server's count; what stands in for W&B may not have one.
+        counted = getattr(self._run, "starting_step", None)
+        if isinstance(counted, int) and counted > 0:
+            kept = max(kept or 0, counted)
         if kept is None:
             return
         self._sent = min(self._sent, max(0, kept - self._raised))

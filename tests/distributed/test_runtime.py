@@ -107,11 +107,12 @@ def test_a_launcher_that_starts_one_process_silently_is_caught(tmp_path: Path) -
 
 
 def test_one_dead_rank_ends_the_others_although_they_wait_for_it(tmp_path: Path) -> None:
+    before = set(psutil.Process().children(recursive=True))  # the server of `run_worker`
     result = launch([sys.executable, "-m", WORKER, "die", str(tmp_path), "0"], 2, num_threads=1)
     ended = time.time()
     assert (result.exit_code, result.rank) == (137, 1)
     assert ended - (tmp_path / "ready1").stat().st_mtime < 10
-    assert psutil.Process().children(recursive=True) == []
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def test_one_process_has_no_group_and_repeats_its_draws(monkeypatch: pytest.MonkeyPatch) -> None:
