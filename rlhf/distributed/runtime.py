@@ -82,13 +82,14 @@ class Runtime:
         reset_library_state()
         _set_threads(threads_per_rank(local_world_size, config.fixed_threads, os.environ))
         apply_determinism(config, device)  # NCCL asks for it when the group is made
+        if zero.stage > 0:
+            _prepare_deepspeed(device)
         if world_size > 1 or zero.stage > 0:
             _join_process_group(rank, world_size, local_rank, local_world_size, device, config.timeout_seconds)
         else:
             for name in _RANK_VARIABLES:  # else Accelerate and DDP make a group of one and pay for it
                 os.environ.pop(name, None)
         if zero.stage > 0:
-            _prepare_deepspeed(device)
             check_with_deepspeed(zero)
         _seed_everything(seed)
         strict = config.determinism == "strict"
@@ -273,7 +274,11 @@ def _quiet_libraries() -> None:
 
 
 def _prepare_deepspeed(device: torch.device) -> None:
-    """Imports DeepSpeed for this device. Raises `ConfigError` when the import fails."""
+    """Imports DeepSpeed for this device. Raises `ConfigError` when the import fails.
+
+    To be called before the process group is made: at import DeepSpeed takes the group of that moment for the default of
+    its barriers. It would outlive `stop` there with its threads, which at times abort the interpreter when that ends.
+    """
     try:
         import deepspeed
         import deepspeed.comm

@@ -39,6 +39,12 @@ def talk(runtime: Runtime) -> dict[str, Any]:
     }
 
 
+def threads() -> list[str]:
+    """The names of gloo's threads in this process."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name.strip() for name in names if "gloo" in name]
+
+
 def main(mode: str, folder: Path, stage: int) -> None:
     config = DistributedConfig(num_processes=2, device="cpu", timeout_seconds=60)
     zero = ZeroConfig.model_validate({"stage": stage})
@@ -46,9 +52,10 @@ def main(mode: str, folder: Path, stage: int) -> None:
     if mode == "talk":
         first = talk(runtime)
         runtime = Runtime.start(config, zero, seed=3)  # the next stage, in the same process
-        (folder / f"rank{runtime.rank}.json").write_text(json.dumps({"first": first, "second": talk(runtime)}))
+        answer = {"first": first, "second": talk(runtime), "threads": threads()}
         runtime.barrier()
         runtime.stop()
+        (folder / f"rank{runtime.rank}.json").write_text(json.dumps({**answer, "left": threads()}))
         return
     (folder / f"ready{runtime.rank}").touch()
     if mode == "die" and runtime.rank == 1:

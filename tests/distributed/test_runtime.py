@@ -21,6 +21,7 @@ import rlhf
 from rlhf.config.distributed import DistributedConfig
 from rlhf.config.zero import ZeroConfig
 from rlhf.distributed.launch import launch
+from rlhf.distributed.peers import LaunchResult
 from rlhf.distributed.runtime import Runtime, _choose_device
 from rlhf.errors import ConfigError
 
@@ -51,6 +52,8 @@ def answers(folder: Path) -> list[dict[str, Any]]:
 
 def check_talk(found: list[dict[str, Any]]) -> None:
     for rank, answer in enumerate(found):
+        # A group that outlives its end aborts the interpreter's, at times.
+        assert (bool(answer["threads"]), answer["left"]) == (True, [])
         for said in (answer["first"], answer["second"]):
             assert (said["rank"], said["world_size"], said["is_main"]) == (rank, 2, rank == 0)
             assert said["gathered"] == [{"rank": 0}, {"rank": 1}]
@@ -70,7 +73,7 @@ def test_two_groups_at_the_same_time_talk_among_themselves(tmp_path: Path) -> No
         commands.append([sys.executable, "-m", WORKER, "talk", str(folder), str(stage)])
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda command: launch(command, 2, num_threads=1), commands))
-    assert [result.exit_code for result in results] == [0, 0]
+    assert results == [LaunchResult(0)] * 2
     for folder in folders:
         check_talk(answers(folder))
 
