@@ -112,7 +112,7 @@ def _missing(path: Path, path_text: str) -> str:
         return f"{message}; the nearest folder that exists is {parent}"
     names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     near = difflib.get_close_matches(absolute.name, names, n=3, cutoff=0.5)
-    near = near or [name for name in names if extension(Path(name))][:5]
-    if not near:
-        return message
-    return f"{message}; {'did you mean' if len(near) == 1 else 'near names in that folder:'} {', '.join(near)}?"
+    if near:
+        return f"{message}; did you mean {' or '.join(near)}?"
+    readable = [name for name in names if extension(Path(name))][:5]
+    return f"{message}; data files there: {', '.join(readable)}" if readable else message

@@ -300,6 +300,7 @@ def test_missing_file_names_what_was_tried_and_what_is_near(tmp_path: Path, monk
     assert "data.path=comparison.jsonl" in message
     assert str(tmp_path / "comparison.jsonl") in message
     assert "did you mean comparisons.jsonl?" in message
+    assert refused(ConfigError, "zzz").endswith("; data files there: comparisons.jsonl")
     assert f"nearest folder that exists is {tmp_path}" in refused(ConfigError, tmp_path / "no" / "such" / "file.jsonl")
 
 
