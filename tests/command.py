@@ -27,7 +27,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def rlhf_command(
-    *arguments: str, cwd: Path, extra: Mapping[str, str] | None = None, timeout: float = 300
+    *arguments: str, cwd: Path, extra: Mapping[str, str] | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """Runs `rlhf` in folder `cwd` to its end."""
     return subprocess.run(
@@ -41,10 +41,10 @@ def rlhf_command(
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    """Returns when `path` is there; fails when the process ends first or nothing happens."""
+def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 600) -> None:
+    """Returns when `path`, its name or a pattern, is there; fails when the process ends first or nothing comes."""
     end = time.monotonic() + seconds
-    while not path.exists():
+    while not any(path.parent.glob(path.name)):
         assert process.poll() is None, f"the command ended with {process.returncode} before {path} was there"
         assert time.monotonic() < end, f"{path} was not there after {seconds} s"
         time.sleep(0.05)

@@ -13,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The servers of tests are on this machine, which no proxy leads to.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost,::1"
 
 import numpy as np
 import pytest
@@ -35,8 +37,10 @@ TIMED = ("tests/pipeline/test_stopping.py", "tests/pipeline/test_sweep_agent.py"
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """How pytest-xdist shares the tests out (`-n 2`): a file stays together.
 
-    All tests that start several ranks, or say how long something may take, are one group, so that never two of them
-    compete for the cores.
+    The tests that start several ranks, and the files of `TIMED`, are one group, so that never two of them compete for
+    the cores. Each of these keeps several processes busy at once with work of seconds, or measures how fast a server
+    answers while it is under load. A test that only starts small processes and waits for them does not belong there:
+    it waits for what it needs to happen, and its limits are for what hangs.
     """
     from xdist.scheduler import LoadScopeScheduling
 

@@ -1,21 +1,26 @@
 """One node of a run whose ranks are small scripts: `python -m tests.node_example SETTINGS RANK [KEY=VALUE ...]`.
 
 SETTINGS is a JSON file with `folder` (the run folder, with the ranks' script `rank.py`), `num_nodes`, `num_processes`,
-`port`, `timeout`, `silent` and `stages`; with `raises` node 0 fails with that message once rank 1 is there, and with
-`pause` it makes the file `paused` after each stage and does nothing for so many seconds. KEY=VALUE changes what this
-node takes for its config. It ends like the command does.
+`port`, `timeout`, `silent`, `stages`, how long ranks have to end (`grace`), and how much longer node 0 waits for the
+ranks of others (`patience`); with `raises` node 0 fails with that message once rank 1 is there. Between two stages
+node 0 makes the file `paused` and does nothing for `pause` seconds or, where that is "told", until another node has
+said something. KEY=VALUE changes what this node takes for its config. A node other than 0 makes the file `RANK.joined`
+when it has joined. It ends like the command does.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rlhf.distributed import launch as launching
 from rlhf.distributed import stopping
 from rlhf.distributed.follower import follow
 from rlhf.distributed.launch import launch, reserved_port
@@ -31,15 +36,24 @@ folder = pathlib.Path(__file__).parent
 rank = os.environ["RANK"]
 """
 READY = '(folder / f"ready{rank}").touch()\n'
-SLEEP = READY + "time.sleep(60)\n"
+# Longer than anybody here waits for the end of it.
+SLEEP = READY + "time.sleep(600)\n"
+
+_HELD_PORTS = ExitStack()
+atexit.register(_HELD_PORTS.close)
+
+
+def held_port() -> int:
+    """A free port that nobody else is given before this process ends; node 0 can listen on it all the same."""
+    return _HELD_PORTS.enter_context(reserved_port())
 
 
 def write_settings(folder: Path, rank_code: str, **settings: Any) -> Path:
     """The settings of a run in `folder` whose ranks do `rank_code`: two nodes of one process but for `settings`."""
     (folder / "rank.py").write_text(PREAMBLE + textwrap.dedent(rank_code))
-    with reserved_port() as port:
-        pass
-    defaults = {"num_nodes": 2, "num_processes": 1, "port": port, "timeout": 60, "silent": 6, "stages": ["sft"]}
+    defaults = {"num_nodes": 2, "num_processes": 1, "port": held_port(), "stages": ["sft"]}
+    # Longer than `outputs` waits: what should end a run at once is not to pass because one of these did.
+    defaults |= {"timeout": 300, "silent": 300, "grace": 300, "patience": 300}
     path = folder / "settings.json"
     path.write_text(json.dumps({"folder": str(folder), **defaults, **settings}))
     return path
@@ -57,8 +71,8 @@ def start_node(settings: Path, rank: int, *changes: str, env: dict[str, str] | N
     )
 
 
-def outputs(*nodes: subprocess.Popen[str], seconds: float = 20) -> list[str]:
-    """What the nodes printed, once they have ended."""
+def outputs(*nodes: subprocess.Popen[str], seconds: float = 120) -> list[str]:
+    """What the nodes printed, once they have ended; fails when they do not in time."""
     return [node.communicate(timeout=seconds)[0] for node in nodes]
 
 
@@ -71,6 +85,7 @@ def main(path: str, rank: str, *changes: str) -> int:
     """Runs the node. Returns its exit code."""
     settings = json.loads(Path(path).read_text())
     folder = Path(settings["folder"])
+    launching._PEERS_SECONDS = settings["patience"]
     own = dict(change.split("=") for change in changes)
     values = {**values_of(settings, int(rank)), **own}
     place = NodePlace(
@@ -83,8 +98,11 @@ def main(path: str, rank: str, *changes: str) -> int:
         settings["silent"],
     )
     command = [sys.executable, str(folder / "rank.py")]
+    grace = settings["grace"]
     if place.rank > 0:
-        return follow(place, folder, values, lambda stage: [*command, stage])
+        joined = folder / f"{rank}.joined"
+        return follow(place, folder, values, lambda stage: [*command, stage], prepare=joined.touch, grace_seconds=grace)
+    logs, number = folder / "logs", settings["num_processes"]
     with Leader(place) as leader:
         leader.meet(folder, values)
         for stage in settings["stages"]:
@@ -93,15 +111,23 @@ def main(path: str, rank: str, *changes: str) -> int:
                     while not (folder / "ready1").exists():
                         time.sleep(0.02)
                     raise ConfigError(settings["raises"])
-                result = launch([*command, stage], settings["num_processes"], log_folder=folder / "logs", peers=peers)
+                result = launch([*command, stage], number, log_folder=logs, peers=peers, grace_seconds=grace)
             print(f"{stage}: {result.describe()}\n{result.log_tail}", flush=True)
             if result.exit_code:
                 break
-            if "pause" in settings:
+            if "pause" in settings and stage != settings["stages"][-1]:
                 (folder / "paused").touch()
-                time.sleep(settings["pause"])
+                _pause(leader, settings["pause"])
         leader.end(result.exit_code)
         return result.exit_code
+
+
+def _pause(leader: Leader, pause: float | str) -> None:
+    if pause != "told":
+        time.sleep(float(pause))
+        return
+    while all(node.channel._messages.empty() for node in leader._nodes.values()):
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

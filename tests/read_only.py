@@ -36,7 +36,8 @@ def make_read_only(folder: Path) -> Iterator[Path]:
 @contextmanager
 def nobodys_folder() -> Iterator[Path]:
     """A new folder that belongs to a user without privileges (to this one, unless it is the superuser)."""
-    with TemporaryDirectory() as name:  # others may enter it, unlike pytest's
+    # Others may enter it, unlike pytest's and perhaps the one that TMPDIR names.
+    with TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         if os.geteuid() == 0:
             os.chown(folder, NOBODY, NOBODY)

@@ -36,6 +36,31 @@ if "rlhf.worker" in sys.orig_argv and {stage!r} in sys.orig_argv and os.environ.
     stopping.StopPoll.agreed = hold
 """
 
+# Says that the first update of PPO has begun, which takes no signal until it is over.
+_ANNOUNCE_UPDATE = """
+import sys
+if "rlhf.worker" in sys.orig_argv and "ppo" in sys.orig_argv:
+    from rlhf.distributed import stopping
+    agreed = stopping.StopPoll.agreed
+    def patch(self):  # in the rollout, when the stage's modules are loaded
+        from rlhf.stages.ppo.update import Updater
+        optimise, stopping.StopPoll.agreed = Updater.optimise, agreed
+        def announce(*arguments):
+            open({begun!r}, "w").close()
+            return optimise(*arguments)
+        Updater.optimise = announce
+        return agreed(self)
+    stopping.StopPoll.agreed = patch
+"""
+
+
+def hook(folder: Path, name: str, code: str) -> dict[str, str]:
+    """The variables for a command of which every Python process runs `code` before anything else."""
+    place = folder / f"hook-{name}"
+    place.mkdir(exist_ok=True)
+    (place / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}"}
+
 
 def held(folder: Path, stage: str, times: int) -> tuple[Path, dict[str, str]]:
     """A file, and the variables for a command whose `stage` creates it in the middle of training and then waits.
@@ -46,10 +71,13 @@ def held(folder: Path, stage: str, times: int) -> tuple[Path, dict[str, str]]:
     """
     file = folder / "held"
     file.unlink(missing_ok=True)
-    hook = folder / f"hook-{stage}-{times}"
-    hook.mkdir(exist_ok=True)
-    (hook / "sitecustomize.py").write_text(_HOLD.format(stage=stage, times=times, held=str(file)))
-    return file, {"PYTHONPATH": f"{hook}{os.pathsep}{ROOT}"}
+    return file, hook(folder, f"{stage}-{times}", _HOLD.format(stage=stage, times=times, held=str(file)))
+
+
+def announced_update(folder: Path) -> tuple[Path, dict[str, str]]:
+    """A file, and the variables for a command of one rank that creates it when the first update of PPO begins."""
+    file = folder / "begun"
+    return file, hook(folder, "update", _ANNOUNCE_UPDATE.format(begun=str(file)))
 
 
 def marked_processes(mark: str) -> list[int]:
@@ -85,13 +113,13 @@ class Run:
         self.mark = f"RLHF_TEST_MARK_{uuid.uuid4().hex}"
         self.path = folder / "run"
         self._held: Path | None = None
-        hook: dict[str, str] = {}
+        holding: dict[str, str] = {}
         if hold is not None:
-            self._held, hook = held(folder, *hold)
+            self._held, holding = held(folder, *hold)
         self.process = subprocess.Popen(
             command("run", *SMOKE, "run.dir=run", *arguments),
             cwd=folder,
-            env=environment({self.mark: "1", **hook, **(extra or {})}),
+            env=environment({self.mark: "1", **holding, **(extra or {})}),
             stdout=subprocess.DEVNULL if output is None else output,
             stderr=subprocess.PIPE if output is None else output,
             text=True,
@@ -129,7 +157,7 @@ class Run:
 
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
         """Returns when it is there; fails when the command ends first."""
-        end = time.monotonic() + 300
+        end = time.monotonic() + 900
         while not there():
             assert self.process.poll() is None, f"the command ended with {self.process.returncode} before {what}"
             assert time.monotonic() < end, f"no {what}"
@@ -139,7 +167,7 @@ class Run:
         """Sends the signal and waits: exit code, what was said on standard error, seconds. No process is left."""
         began = time.monotonic()
         self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate(timeout=200)
         seconds = time.monotonic() - began
         self.check_nothing_left()
         assert self.process.returncode is not None
@@ -150,14 +178,18 @@ class Run:
         return marked_processes(self.mark)
 
     def check_nothing_left(self) -> None:
-        """No process of the run is left after 15 s."""
-        end = time.monotonic() + 15
+        """No process of the run is left, after a minute at most."""
+        end = time.monotonic() + 60
         while (left := self.processes()) and time.monotonic() < end:
             time.sleep(0.05)
         assert left == [], [psutil.Process(number).cmdline() for number in left]
 
     def ranks(self) -> list[psutil.Process]:
         """The rank processes, rank 0 first."""
-        return [
-            child for child in psutil.Process(self.process.pid).children() if "rlhf.worker" in " ".join(child.cmdline())
-        ]
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            # The supervisor starts other programs as well, which may have ended by now.
+            with suppress(psutil.NoSuchProcess):
+                if "rlhf.worker" in child.cmdline():
+                    found[int(child.environ()["RANK"])] = child
+        return [found[rank] for rank in sorted(found)]

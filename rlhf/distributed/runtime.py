@@ -8,7 +8,9 @@ import os
 import random
 import socket
 import sys
+import time
 import warnings
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -27,6 +29,7 @@ from rlhf.errors import ConfigError
 
 ObjectT = TypeVar("ObjectT")
 Precision = Literal["fp32", "bf16"]
+_LAST_WORK_SECONDS = 0.2
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -126,10 +129,16 @@ class Runtime:
         return total.to(tensor.device)
 
     def stop(self) -> None:
-        """Leaves the process group, at the end of the process's last stage; harmless when there is none."""
+        """Leaves the process group, at the end of the process's last stage; harmless when there is none.
+
+        Whoever still holds the group, such as an engine of DeepSpeed in a variable of the caller, keeps its threads
+        alive. One that lets go of its last tensor needs the interpreter once more, and aborts the process when that
+        has gone ("terminate called without an active exception", pytorch/pytorch#179291); so it gets the time.
+        """
         reset_library_state()
         if not torch.distributed.is_initialized():
             return
+        group = weakref.ref(torch.distributed.distributed_c10d._get_default_group())
         if "deepspeed" in sys.modules and sys.modules["deepspeed"].comm.is_initialized():
             import deepspeed
 
@@ -137,6 +146,8 @@ class Runtime:
             deepspeed.comm.comm.cdb = None
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        if group() is not None:
+            time.sleep(_LAST_WORK_SECONDS)
 
 
 def reset_library_state() -> None:
@@ -236,7 +247,13 @@ def _seed_everything(seed: int) -> None:
 def _join_process_group(
     rank: int, world_size: int, local_rank: int, local_world_size: int, device: torch.device, timeout_seconds: int
 ) -> None:
-    """Initialises torch's process group unless the process is in one already."""
+    """Initialises torch's process group unless the process is in one already.
+
+    A module that is imported later and has the group of that moment as a default of its functions would keep it for
+    good, see `Runtime.stop`; those that are known to are imported before.
+    """
+    import torch.distributed.nn
+
     values = (rank, world_size, local_rank, local_world_size)
     for name, value in zip(_RANK_VARIABLES, values, strict=True):  # without them DeepSpeed looks for MPI
         os.environ[name] = str(value)
@@ -277,7 +294,7 @@ def _prepare_deepspeed(device: torch.device) -> None:
     """Imports DeepSpeed for this device. Raises `ConfigError` when the import fails.
 
     To be called before the process group is made: at import DeepSpeed takes the group of that moment for the default of
-    its barriers. It would outlive `stop` there with its threads, which at times abort the interpreter when that ends.
+    its barriers.
     """
     try:
         import deepspeed

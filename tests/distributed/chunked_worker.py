@@ -101,7 +101,7 @@ def loss(module: nn.Module, rows: Tensor, chunk_tokens: int | None) -> Tensor:
 
 def run_case(case: Case, num_processes: int) -> dict[str, Any]:
     zero = ZeroConfig.model_validate({"stage": case.stage, "extra": SHARD_ALL if case.stage == 3 else {}})
-    config = DistributedConfig.model_validate({"num_processes": num_processes, "device": "cpu", "timeout_seconds": 60})
+    config = DistributedConfig.model_validate({"num_processes": num_processes, "device": "cpu", "timeout_seconds": 300})
     runtime = Runtime.start(config, zero, seed=5)
     module, optimizer, scheduler = build(case)
     engine = TrainingEngine.prepare(

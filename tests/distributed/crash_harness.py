@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -185,12 +185,12 @@ class Setting:
             self.outcome.resumed += resumes.check(log, killed=hit is not None)
             if hit is None:
                 return
-            self.outcome.hits.append(hit)
             damaged: Path | None = None
             is_finished = (folder / "run/stages" / hit.place / "result.json").exists()
             if hit.moment.damage is not None and not is_finished:
                 damaged = damage_newest(folder / "run", hit.place, hit.moment.damage, self._rng)
                 self.outcome.damaged += 1
+            self.outcome.hits.append(replace(hit, damaged=damaged is not None))
             resumes.expect(damaged)
         raise RuntimeError("no moment is left, and yet the last attempt was killed")
 

@@ -78,7 +78,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Hit:
-    """A kill that was dealt: where the run was by then, and how long the last process outlived it."""
+    """A kill that was dealt: where the run was by then, and how long the last process outlived it.
+
+    `damaged`: whether the newest checkpoint was damaged afterwards.
+    """
 
     moment: Moment
     place: str
@@ -87,6 +90,7 @@ class Hit:
     seconds_to_gone: float
     exit_code: int
     half_written: tuple[str, ...]
+    damaged: bool = False
 
 
 class Attempt:
@@ -198,8 +202,10 @@ def disturb(attempt: Attempt, plan: list[Moment], measured: Measured, rng: rando
             if watch is None and moment.kind not in ("time", "saved"):
                 watch = _Changes(moment.kind, attempt.folder, moment.place)
             if passed or _is_due(moment, attempt, measured, watch):
-                plan.pop(0)
-                return _deal(attempt, moment, "stage end" if passed else moment.kind, rng)
+                victim = _strike(attempt, moment.victim, rng)
+                if victim is not None:
+                    plan.pop(0)
+                    return _aftermath(attempt, moment, "stage end" if passed else moment.kind, victim)
         time.sleep(POLL_SECONDS)
     return None
 
@@ -247,26 +253,45 @@ def _is_behind(moment: Moment, attempt: Attempt) -> bool:
     return PLACES.index(moment.place) < PLACES.index(attempt.place)
 
 
-def _deal(attempt: Attempt, moment: Moment, kind: str, rng: random.Random) -> Hit | None:
-    """Kills, waits until nothing is left, and looks at what lies there half-written.
-
-    None when the victim had ended by itself. Raises `RuntimeError` for a process that outlives the kill by
-    `GONE_SECONDS`, and for another exit code than the documented 137 after a rank was killed.
-    """
-    victim: Victim = moment.victim
+def _strike(attempt: Attempt, victim: Victim, rng: random.Random) -> Victim | None:
+    """Kills: what was killed, the supervisor where no rank runs; None when the rank had ended since the last look."""
     if victim == "rank" and not attempt.ranks:
         victim = "supervisor"
     if victim == "rank":
         chosen = rng.choice(attempt.ranks)
-        kill([chosen])
+        struck = _stop(chosen)
+        kill([chosen] if struck else [])
         kill([rank for rank in attempt.ranks if rank != chosen], signal.SIGCONT)
-    elif victim == "supervisor":
+        return victim if struck else None
+    if victim == "supervisor":
         kill([attempt.process.pid])
     else:
         # A process that starts just now may not show its variables yet.
         members = sorted({attempt.process.pid, *attempt.ranks, *attempt.members()})
         rng.shuffle(members)
         kill(members)
+    return victim
+
+
+def _stop(process: int) -> bool:
+    """Stops a process, so that it cannot end by itself any more; False when it has ended."""
+    kill([process], signal.SIGSTOP)
+    while True:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return False
+        if state in "TtXZ":
+            return state in "Tt"
+        time.sleep(POLL_SECONDS)
+
+
+def _aftermath(attempt: Attempt, moment: Moment, kind: str, victim: Victim) -> Hit | None:
+    """Waits until nothing is left, and looks at what lies there half-written.
+
+    None when the supervisor had ended by itself. Raises `RuntimeError` for a process that outlives the kill by
+    `GONE_SECONDS`, and for another exit code than the documented 137 after a rank was killed.
+    """
     began = time.monotonic()
     while (left := attempt.members()) or attempt.process.poll() is None:
         if time.monotonic() - began > GONE_SECONDS:

@@ -102,7 +102,7 @@ def start(case: Case, num_processes: int, build_seed: int) -> tuple[Runtime, Tra
         {"stage": case.stage, "offload_optimizer": case.offload, "extra": SHARD_ALL if case.stage == 3 else {}}
     )
     config = DistributedConfig.model_validate(
-        {"num_processes": num_processes, "device": "cpu", "precision": case.precision, "timeout_seconds": 60}
+        {"num_processes": num_processes, "device": "cpu", "precision": case.precision, "timeout_seconds": 300}
     )
     runtime = Runtime.start(config, zero, seed=5)
     # Ranks start from different weights on purpose: rank 0's must win.
@@ -171,7 +171,7 @@ def growth_of_the_sum(stage: int) -> float:
     norms = []
     for scales in ((1.0,), SCALES):
         zero = ZeroConfig.model_validate({"stage": stage, "extra": SHARD_ALL if stage == 3 else {}})
-        runtime = Runtime.start(DistributedConfig(device="cpu", precision="bf16", timeout_seconds=60), zero, seed=5)
+        runtime = Runtime.start(DistributedConfig(device="cpu", precision="bf16", timeout_seconds=300), zero, seed=5)
         engine = TrainingEngine.prepare(
             *build(seed=1),
             runtime=runtime,
@@ -216,7 +216,7 @@ def run_trainer(num_processes: int, folder: Path) -> int:
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
     zero = ZeroConfig(stage=3, extra=SHARD_ALL)
-    config = DistributedConfig(num_processes=num_processes, device="cpu", timeout_seconds=60)
+    config = DistributedConfig(num_processes=num_processes, device="cpu", timeout_seconds=300)
     runtime = Runtime.start(config, zero, seed=5)
     shape = GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=WIDTH, n_layer=1, n_head=2)
     json = deepspeed_json(

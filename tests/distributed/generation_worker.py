@@ -39,7 +39,7 @@ MAX_TOKENS = 8
 def make_job(folder: Path, zero: dict[str, Any], num_processes: int) -> PPOJob:
     """Stage ppo on the models in FOLDER/models; two batches of responses a rank, of them five with an exact KL."""
     body = ppo_config(max_response_tokens=MAX_TOKENS, rollout_batch_size=2, exact_kl_rows=5).model_dump()
-    distributed = {"num_processes": num_processes, "device": "cpu", "timeout_seconds": 60}
+    distributed = {"num_processes": num_processes, "device": "cpu", "timeout_seconds": 300}
     config = RLHFConfig.model_validate({**body, "zero": zero, "distributed": distributed})
     policy, reward = str(folder / "models/policy"), str(folder / "models/reward_model")
     inputs = {"policy": policy, "reference": policy, "reward_model": reward, "value_model": reward}

@@ -102,7 +102,7 @@ def train_roles(folder: Path, case: str, num_processes: int) -> dict[str, Any]:
     sharding, _, special = case.partition("-")
     zero = ZeroConfig.model_validate(CASES[sharding])
     precision: Literal["fp32", "bf16"] = "bf16" if special == "bf16" else "fp32"
-    config = DistributedConfig(num_processes=num_processes, device="cpu", precision=precision, timeout_seconds=60)
+    config = DistributedConfig(num_processes=num_processes, device="cpu", precision=precision, timeout_seconds=300)
     runtime = Runtime.start(config, zero, seed=5)
     adapter, reward = str(folder / "base/stages/sft/model"), str(folder / "base/stages/reward_model/model")
     base = SharedBase.build(

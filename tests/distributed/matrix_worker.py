@@ -141,7 +141,7 @@ def config_of(cell: Cell, folder: Path, num_processes: int) -> RLHFConfig:
             "device": "cpu",
             "num_processes": num_processes,
             "precision": precision,
-            "timeout_seconds": 60,
+            "timeout_seconds": 300,
         },
     }
     special: dict[str, Any] = {}

@@ -69,7 +69,7 @@ def config_of(case: Case, num_processes: int) -> RLHFConfig:
         max_grad_norm=100.0,
     ).model_dump()
     peft = {"type": "lora", "rank": LORA.rank, "alpha": LORA.alpha} if case.layout == "adapters" else {"type": "none"}
-    distributed = {"num_processes": num_processes, "device": "cpu", "timeout_seconds": 60}
+    distributed = {"num_processes": num_processes, "device": "cpu", "timeout_seconds": 300}
     extra = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if case.stage == 3 else {}
     zero = {"stage": case.stage, "extra": extra}
     return RLHFConfig.model_validate({**body, "peft": peft, "distributed": distributed, "zero": zero})

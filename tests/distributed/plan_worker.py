@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import deepspeed
 import torch
 
 from rlhf.config import RLHFConfig, config_from_values
+from rlhf.distributed.launch import reserved_port
 from rlhf.distributed.runtime import Runtime
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar import ScalarModel, ensure_distinct_pad
@@ -38,6 +38,8 @@ RUN = {"sft": sft.run, "reward_model": reward_model.run, "ppo": loop.run}
 # Every word is a token of its own, the template adds a few.
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 PROMPT_WORDS = 12
+# Without it growth counts from the largest size that the process has ever had, see `rlhf.distributed.memory`.
+FORGETS_PEAK = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -223,11 +225,9 @@ def run_case(name: str, folder: Path) -> dict[str, float]:
 
     wait([fork(prepare)])
     inputs, limits = json.loads((folder / "inputs.json").read_text())
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        port = holder.getsockname()[1]
-    ranks = range(case.num_processes)
-    wait([fork(run_rank, case, folder, inputs, tuple(limits), rank, port) for rank in ranks])
+    with reserved_port() as port:
+        ranks = range(case.num_processes)
+        wait([fork(run_rank, case, folder, inputs, tuple(limits), rank, port) for rank in ranks])
     result: dict[str, float] = json.loads((folder / "memory.json").read_text())
     return result
 
@@ -235,6 +235,8 @@ def run_case(name: str, folder: Path) -> dict[str, float]:
 def main(arguments: list[str]) -> None:
     """Runs the named cases, or all, and writes their numbers."""
     folder, *names = arguments
+    if not FORGETS_PEAK.exists():
+        raise SystemExit(f"{FORGETS_PEAK} is missing: what a stage adds to a process cannot be measured on this kernel")
     quiet_libraries()
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

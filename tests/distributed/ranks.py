@@ -91,7 +91,7 @@ def _run_rank(argv: list[str], environment: dict[str, str], log: Path) -> None:
 
 def save_on_main(results: Mapping[str, Any], path: Path, num_processes: int) -> None:
     """Rank 0 writes what it found, and all ranks wait for it."""
-    config = DistributedConfig(num_processes=num_processes, device="cpu", timeout_seconds=60)
+    config = DistributedConfig(num_processes=num_processes, device="cpu", timeout_seconds=300)
     runtime = Runtime.start(config, ZeroConfig(), seed=5)
     if runtime.is_main:
         torch.save(results, path)

@@ -56,7 +56,7 @@ def build(seed: int, frozen_seed: int = 3) -> tuple[WithFrozen, torch.optim.Opti
 
 
 def start(stage: int, num_processes: int, *, seed: int, frozen_seed: int = 3, offload: bool = False) -> TrainingEngine:
-    config = DistributedConfig(num_processes=num_processes, device="cpu", timeout_seconds=60)
+    config = DistributedConfig(num_processes=num_processes, device="cpu", timeout_seconds=300)
     extra = SHARD_ALL if stage == 3 else {}
     zero = ZeroConfig.model_validate({"stage": stage, "offload_optimizer": offload, "extra": extra})
     module, optimizer, scheduler = build(seed, frozen_seed)

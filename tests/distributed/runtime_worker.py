@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,19 @@ def talk(runtime: Runtime) -> dict[str, Any]:
 
 def threads() -> list[str]:
     """The names of gloo's threads in this process."""
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return [name.strip() for name in names if "gloo" in name]
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it has ended since
+            names.append(path.read_text().strip())
+    return [name for name in names if "gloo" in name]
+
+
+def threads_left() -> list[str]:
+    """Those that are there in two seconds' time: one that was waited for is listed a moment longer."""
+    end = time.monotonic() + 2
+    while (left := threads()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return left
 
 
 def main(mode: str, folder: Path, stage: int) -> None:
@@ -55,7 +67,7 @@ def main(mode: str, folder: Path, stage: int) -> None:
         answer = {"first": first, "second": talk(runtime), "threads": threads()}
         runtime.barrier()
         runtime.stop()
-        (folder / f"rank{runtime.rank}.json").write_text(json.dumps({**answer, "left": threads()}))
+        (folder / f"rank{runtime.rank}.json").write_text(json.dumps({**answer, "left": threads_left()}))
         return
     (folder / f"ready{runtime.rank}").touch()
     if mode == "die" and runtime.rank == 1:

@@ -1,7 +1,8 @@
 """Runs that are killed with SIGKILL and have their checkpoints damaged end as if nothing had happened.
 
-The short form of `crash_harness`: eight kills at moments chosen beforehand, four checkpoints damaged. The two kills
-under ZeRO-2 are marked slow: those under ZeRO-3 go the same way through more that can break.
+The short form of `crash_harness`: eight kills at moments chosen beforehand, four checkpoints damaged; more where a run
+was past its moment before the kill came. The two kills under ZeRO-2 are marked slow: those under ZeRO-3 go the same way
+through more that can break.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.distributed import crash_watch
 from tests.distributed.crash_compare import differences
 from tests.distributed.crash_damage import damage_newest, is_reported
 from tests.distributed.crash_harness import ARGUMENTS, DECK, LORA, SETTINGS, Dealer, Outcome, Setting, last_line, table
 from tests.distributed.crash_resume import Resumes
-from tests.distributed.crash_watch import TRAINED, Attempt, Damage, Moment, kill
+from tests.distributed.crash_watch import TRAINED, Attempt, Damage, Hit, Moment, kill
 
 pytestmark = pytest.mark.distributed
 
@@ -45,28 +47,45 @@ def _setting(name: str, folder: Path, *more: str) -> Setting:
     return Setting(name, (*ARGUMENTS, "ppo.num_updates=4", *SETTINGS[name], *more), folder, random.Random(1))
 
 
-def _kill_in_a_checkpoint(setting: Setting, plan: list[Moment]) -> list[Moment]:
-    """`plan`, with its moment inside a checkpoint's writing as often as it took to come before that was whole.
+@pytest.fixture(scope="module", autouse=True)
+def _patience() -> Iterator[None]:
+    """The harness counts what outlives a kill by 15 s as lost; a busy machine may need longer for what is left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crash_watch, "GONE_SECONDS", 120.0)
+        patch.setattr(crash_watch, "ATTEMPT_SECONDS", 1200.0)
+        yield
+
+
+def _came_in_time(hit: Hit) -> bool:
+    """Whether the kill met what it was meant to: a half-written checkpoint, or one to damage, or its stage at least."""
+    meets_checkpoint = hit.moment.kind != "checkpoint" or "checkpoint" in hit.half_written
+    return meets_checkpoint and hit.place == hit.moment.place and hit.damaged == (hit.moment.damage is not None)
+
+
+def _missed(outcome: Outcome, plan: list[Moment]) -> list[Moment]:
+    met = [hit.moment for hit in outcome.hits if _came_in_time(hit)]
+    return [moment for moment in plan if moment not in met]
+
+
+def _kill_again(setting: Setting, plan: list[Moment]) -> None:
+    """One run after the other is killed at the moments of `plan` that no run has been killed at yet, a few times.
 
     A checkpoint is written in milliseconds: on a busy machine the kill may come after them.
     """
-    (moment,) = [moment for moment in plan if moment.kind == "checkpoint"]
     for _ in range(4):
-        if any("checkpoint" in hit.half_written for hit in setting.outcome.hits):
+        missed = _missed(setting.outcome, plan)
+        if setting.outcome.failed or not missed:
             break
-        setting.run_killed([moment])
-        plan = [*plan, moment]
-    return plan
+        setting.run_killed(missed)
 
 
 def _assert_nothing_lost(outcome: Outcome, plan: list[Moment]) -> None:
     report = table([outcome])
     assert not outcome.failed, report
-    assert last_line([outcome]) == f"{len(plan)} kills, 0 lost, 0 different"
-    assert outcome.damaged == sum(moment.damage is not None for moment in plan), report
-    assert {hit.place for hit in outcome.hits} == {moment.place for moment in plan}, report
-    assert any("checkpoint" in hit.half_written for hit in outcome.hits), report
-    assert outcome.resumed >= outcome.damaged, report
+    missed = _missed(outcome, plan)
+    assert not missed, f"no kill came in time in {outcome.runs} runs: {missed}\n{report}"
+    assert last_line([outcome]) == f"{len(outcome.hits)} kills, 0 lost, 0 different"
+    assert outcome.resumed >= outcome.damaged > 0, report
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +99,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 def test_one_process_killed_in_every_stage(one_process: Setting) -> None:
-    _assert_nothing_lost(one_process.outcome, _kill_in_a_checkpoint(one_process, ONE_PROCESS))
+    _kill_again(one_process, ONE_PROCESS)
+    _assert_nothing_lost(one_process.outcome, ONE_PROCESS)
 
 
 @pytest.mark.parametrize("zero", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
@@ -93,7 +113,8 @@ def test_two_ranks_killed_while_they_train(zero: str, one_process: Setting, tmp_
     setting = _setting(zero, tmp_path, *stages[zero])
     setting.run_undisturbed()
     setting.run_killed(ZERO[zero])
-    _assert_nothing_lost(setting.outcome, _kill_in_a_checkpoint(setting, ZERO[zero]))
+    _kill_again(setting, ZERO[zero])
+    _assert_nothing_lost(setting.outcome, ZERO[zero])
 
 
 def _spoil_weights(run: Path) -> str:
@@ -234,13 +255,13 @@ def test_a_hundred_kills_are_dealt_over_all_moments() -> None:
 
 def test_a_process_whose_parent_is_gone_is_still_found(tmp_path: Path) -> None:
     with Attempt(["experiment=nonesuch"], tmp_path, tmp_path / "log") as attempt:
-        script = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+        script = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
         subprocess.run([sys.executable, "-c", script], env={**os.environ, **attempt.mark}, check=True)
         attempt.process.wait()
         orphans = attempt.members()
         assert len(orphans) == 1
         kill(orphans)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while attempt.members():
             assert time.monotonic() < end
             time.sleep(0.01)

@@ -79,9 +79,13 @@ def test_two_groups_at_the_same_time_talk_among_themselves(tmp_path: Path) -> No
 
 
 def test_torchrun_starts_the_ranks_just_as_well(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     done = subprocess.run(
-        [*command, "-m", WORKER, "talk", str(tmp_path), "0"], capture_output=True, text=True, timeout=60, check=False
+        [*command, "--nproc-per-node=2", "-m", WORKER, "talk", str(tmp_path), "0"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     check_talk(answers(tmp_path))
@@ -96,7 +100,7 @@ def test_srun_starts_the_ranks_just_as_well(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     check_talk(answers(tmp_path))
 
 
@@ -114,7 +118,8 @@ def test_one_dead_rank_ends_the_others_although_they_wait_for_it(tmp_path: Path)
     result = launch([sys.executable, "-m", WORKER, "die", str(tmp_path), "0"], 2, num_threads=1)
     ended = time.time()
     assert (result.exit_code, result.rank) == (137, 1)
-    assert ended - (tmp_path / "ready1").stat().st_mtime < 10
+    # The operation that rank 0 waits in gives up after 60 s.
+    assert ended - (tmp_path / "ready1").stat().st_mtime < 40
     assert set(psutil.Process().children(recursive=True)) <= before
 
 

@@ -18,7 +18,7 @@ from tests.ppo_example import write_models
 pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("trainer_worker.py")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--local-addr=127.0.0.1")
 
 
 def _run(folder: Path, name: str, stage: int, *launcher: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def _run(folder: Path, name: str, stage: int, *launcher: str) -> dict[str, Any]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert result.returncode == 0, result.stderr

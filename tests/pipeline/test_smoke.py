@@ -114,7 +114,7 @@ def test_two_commands_never_write_to_one_folder(tmp_path: Path) -> None:
     assert second.returncode == 1
     assert "another process is working in run" in second.stderr
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=200) == 143
 
 
 @pytest.mark.parametrize("verb", ["sft", "collect", "reward-model", "ppo", "evaluate", "report"])

@@ -42,12 +42,14 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
                     stderr=subprocess.STDOUT,
                 )
             )
-            wait_for(waiting, agents[0], seconds=300)
+            wait_for(waiting, agents[0])
         sweep = open_sweep("lr", tmp_path / "sweeps")
         lease = json.loads((sweep.folder.path / "leases/0.json").read_text())
+        # Stopped, so that the trial does not hear of its agent's end, at which it would write another checkpoint.
+        os.killpg(lease["group"], signal.SIGSTOP)
         agents[0].kill()
         os.killpg(lease["group"], signal.SIGKILL)
-        said = [agent.communicate(timeout=300)[0].decode() for agent in agents]
+        said = [agent.communicate(timeout=900)[0].decode() for agent in agents]
     finally:
         for agent in agents:
             agent.kill()

@@ -153,9 +153,13 @@ def test_accumulation_changes_nothing(files: Path, base: Path, tmp_path: Path, m
 def test_sft_publishes_a_model_that_transformers_loads(base: Path, files: Path) -> None:
     folder = base / "stages/sft/model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = torch.tensor([tokenizer.encode("the train film 3 was good")])
+    ids, policy = torch.tensor([tokenizer.encode("the train film 3 was good")]), load_policy(folder)
+    weights = model.state_dict()
+    assert weights.keys() == policy.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in policy.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, load_policy(folder)(ids).logits)
+        # Where weights lie in memory may change the last bits.
+        torch.testing.assert_close(model(ids).logits, policy(ids).logits, rtol=1e-5, atol=1e-5)
     # The trainer switches the cache off; the published model generates with one.
     assert model.config.use_cache
     assert not (folder / "training_args.bin").exists()

@@ -114,8 +114,8 @@ def test_hostile_responses_neither_hang_nor_win(checker: Checker, response: str)
     start = time.monotonic()
     assert checker.check("7", _tail(response, 8192)) != "correct"
     assert checker.check("7", r"\boxed{7}") == "correct"
-    # 1 s of CPU; 8 s where the process has to end itself; some for a busy machine.
-    assert time.monotonic() - start < 25
+    # 1 s of CPU; 8 s where the process has to end itself; the rest is for a busy machine.
+    assert time.monotonic() - start < 75
 
 
 def test_it_works_in_threads_and_leaves_the_alarm_alone() -> None:
@@ -154,9 +154,10 @@ def test_cpu_time_ends_a_comparison_and_the_clock_one_that_does_nothing(monkeypa
     assert quick._process.pid == first
     assert quick.check("1", "1") == "correct"
     # A process that was stopped from outside uses no CPU time.
-    monkeypatch.setattr("rlhf.rewards.maths.HARD_LIMIT_SECONDS", 0.1)
     os.kill(first, signal.SIGSTOP)
-    assert quick.check("1", "1") == "timeout"
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.rewards.maths.HARD_LIMIT_SECONDS", 0.1)
+        assert quick.check("1", "1") == "timeout"
     assert quick.check("1", "1") == "correct"
     assert quick._process.pid != first
     quick.close()

@@ -32,7 +32,7 @@ def end(*_):
     sys.exit(143)
 signal.signal(signal.SIGTERM, end)
 (folder / f"ready{rank}").touch()
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -43,7 +43,7 @@ def two(tmp_path: Path, mark: str) -> Iterator[tuple[subprocess.Popen[str], subp
     nodes = start_node(settings, 0), start_node(settings, 1)
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
     yield nodes
-    assert wait_until_gone(mark, 5) == []
+    assert wait_until_gone(mark) == []
 
 
 def test_every_rank_on_every_node_gets_its_environment(tmp_path: Path, mark: str) -> None:
@@ -83,38 +83,41 @@ def test_every_rank_on_every_node_gets_its_environment(tmp_path: Path, mark: str
 def test_a_killed_rank_on_one_node_ends_all_nodes(tmp_path: Path, mark: str) -> None:
     # Rank 1 fails as ranks do whose peers are gone; the cause is still the killed one.
     code = """
-    (folder / f"pid{rank}").write_text(str(os.getpid()))
-    if rank == "2":
-        print("last words")
-        subprocess.Popen(["sleep", "60"])
-        os.kill(os.getpid(), signal.SIGKILL)
-    while rank == "1" and not (folder / "pid2").exists():
-        time.sleep(0.01)
-    if rank == "1":
-        sys.exit(1)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(60)
+    (folder / f"ready{rank}").touch()
+    if rank == "2":
+        while not all((folder / f"ready{other}").exists() for other in range(4)):
+            time.sleep(0.01)
+        print("last words")
+        subprocess.Popen(["sleep", "600"])
+        (folder / "unfinished").write_text(str(os.getpid()))
+        (folder / "unfinished").rename(folder / "pid2")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == "1":
+        while not (folder / "pid2").exists():
+            time.sleep(0.01)
+        while os.path.exists("/proc/" + (folder / "pid2").read_text()):  # until its supervisor has seen its end
+            time.sleep(0.001)
+        os._exit(1)
+    time.sleep(600)
     """
     settings = write_settings(tmp_path, code, num_processes=2)
     nodes = [start_node(settings, 0), start_node(settings, 1)]
-    wait_for(tmp_path / "pid2")
-    started = time.monotonic()
     printed = outputs(*nodes)
-    assert time.monotonic() - started < 10
     assert [node.returncode for node in nodes] == [137, 137], printed
     assert "sft: rank 2 on node 1 (" in printed[0]
     assert "was ended by signal 9 (SIGKILL)" in printed[0]
     assert "last words" in printed[0]
     assert "node 0 ended the run with exit code 137" in printed[1]
-    assert wait_until_gone(mark, 2) == []
+    assert wait_until_gone(mark) == []
 
 
 def test_a_failing_rank_of_node_0_gives_all_nodes_its_exit_code(tmp_path: Path, mark: str) -> None:
-    settings = write_settings(tmp_path, f"{READY}time.sleep(60 if rank == '1' else 0.5)\nsys.exit(7)")
+    settings = write_settings(tmp_path, f"{READY}time.sleep(600 if rank == '1' else 0.5)\nsys.exit(7)")
     nodes = [start_node(settings, 0), start_node(settings, 1)]
     outputs(*nodes)
     assert [node.returncode for node in nodes] == [7, 7]
-    assert wait_until_gone(mark, 2) == []
+    assert wait_until_gone(mark) == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -144,26 +147,25 @@ def test_a_signal_to_all_nodes_at_once_still_reaches_a_rank_once(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_second_interrupt_on_any_node_kills_at_once(tmp_path: Path, mark: str, rank: int) -> None:
-    stubborn = READY + 'signal.signal(signal.SIGTERM, lambda *_: (folder / f"asked{rank}").touch())\n'
+    stubborn = 'signal.signal(signal.SIGTERM, lambda *_: (folder / f"asked{rank}").touch())\n' + READY
     settings = write_settings(tmp_path, stubborn + "while True:\n    time.sleep(0.05)\n")
     nodes = [start_node(settings, 0), start_node(settings, 1)]
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
-    time.sleep(0.2)
     nodes[rank].send_signal(signal.SIGINT)
     wait_for(tmp_path / "asked0", tmp_path / "asked1")
     nodes[rank].send_signal(signal.SIGINT)
-    printed = outputs(*nodes, seconds=5)
+    printed = outputs(*nodes)
     assert [node.returncode for node in nodes] == [130, 130], printed
-    assert wait_until_gone(mark, 2) == []
+    assert wait_until_gone(mark) == []
 
 
 def test_a_signal_to_a_node_between_stages_ends_all_without_starting_ranks(tmp_path: Path, mark: str) -> None:
-    code = "(folder / f'{sys.argv[1]}{rank}').touch()\ntime.sleep(60 if sys.argv[1] == 'ppo' else 0)"
-    settings = write_settings(tmp_path, code, stages=["sft", "ppo"], pause=2)
+    code = "(folder / f'{sys.argv[1]}{rank}').touch()\ntime.sleep(600 if sys.argv[1] == 'ppo' else 0)"
+    settings = write_settings(tmp_path, code, stages=["sft", "ppo"], pause="told")
     nodes = [start_node(settings, 0), start_node(settings, 1)]
     wait_for(tmp_path / "paused")
     nodes[1].terminate()
-    printed = outputs(*nodes, seconds=15)
+    printed = outputs(*nodes)
     assert [node.returncode for node in nodes] == [143, 143], printed
     assert "was told to end" in printed[0]
     assert sorted(path.name for path in tmp_path.glob("*[01]")) == ["sft0", "sft1"]
@@ -198,14 +200,14 @@ def test_a_signal_to_a_node_just_before_a_stage_ends_its_ranks_at_once(tmp_path:
 
     def run_ranks(stage: str, peers: _LeaderPeers) -> LaunchResult:
         started.append(stage)
-        return launch(["sleep", "9"], 1, log_folder=tmp_path, peers=peers)
+        return launch(["sleep", "90"], 1, log_folder=tmp_path, peers=peers)
 
     stage: channel.Message = {"type": "stage", "name": "sft", "port": 1}
     scripted = _Scripted(None, stage) if early else _Scripted(stage)
-    place = NodePlace(1, 2, "127.0.0.1", 1, 1, 20, 6)
+    place = NodePlace(1, 2, "127.0.0.1", 1, 1, 120, 60)
     begun = time.monotonic()
     assert _obey(place, cast(channel.Channel, scripted), {"stages": ["sft"]}, run_ranks) == 143
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60
     assert scripted.sent == ["signal", "done"]
     assert started == ([] if early else ["sft"])
 
@@ -216,37 +218,35 @@ def test_a_killed_supervisor_ends_the_other_node(tmp_path: Path, mark: str, rank
     nodes = [start_node(settings, 0), start_node(settings, 1)]
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
     nodes[rank].kill()
-    started = time.monotonic()
     other = nodes[1 - rank]
     printed = outputs(other)[0]
-    assert time.monotonic() - started < 10
     assert other.returncode == 1
     assert f"node {rank}" in printed
     assert "is gone: it closed the connection" in printed
     nodes[rank].communicate()
-    assert wait_until_gone(mark, 5) == []
+    assert wait_until_gone(mark) == []
 
 
 def test_a_node_that_falls_silent_ends_the_run(tmp_path: Path, mark: str) -> None:
-    settings = write_settings(tmp_path, SLEEP, silent=3)
+    settings = write_settings(tmp_path, SLEEP, silent=6)
     nodes = [start_node(settings, 0), start_node(settings, 1)]
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
     nodes[1].send_signal(signal.SIGSTOP)  # as if its host hung: the connection stays open
     started = time.monotonic()
     printed = outputs(nodes[0])[0]
-    assert 1.5 < time.monotonic() - started < 7
+    assert time.monotonic() - started > 2
     assert nodes[0].returncode == 1
     assert "is gone: nothing was heard of it" in printed
     nodes[1].kill()
     nodes[1].communicate()
-    assert wait_until_gone(mark, 5) == []
+    assert wait_until_gone(mark) == []
 
 
 def test_a_busy_node_is_not_silent(tmp_path: Path, mark: str) -> None:
     """Between two stages node 0 may hash models for minutes: its heart-beat goes on."""
-    settings = write_settings(tmp_path, READY, stages=["sft", "ppo"], silent=4, pause=5)
+    settings = write_settings(tmp_path, READY, stages=["sft", "ppo"], silent=6, pause=8)
     nodes = [start_node(settings, 0), start_node(settings, 1)]
-    printed = outputs(*nodes, seconds=30)
+    printed = outputs(*nodes)
     assert [node.returncode for node in nodes] == [0, 0], printed
 
 
@@ -256,18 +256,18 @@ def test_node_0_that_fails_while_a_stage_runs_says_why_on_all_nodes(tmp_path: Pa
     printed = outputs(*nodes)
     assert [node.returncode for node in nodes] == [2, 2], printed
     assert "node 0 ended the run with exit code 2: no such thing" in printed[1]
-    assert wait_until_gone(mark, 2) == []
+    assert wait_until_gone(mark) == []
 
 
 def test_a_rank_killed_on_one_of_three_nodes_ends_all(tmp_path: Path, mark: str) -> None:
-    code = READY + 'os.kill(os.getpid(), signal.SIGKILL) if rank == "2" else time.sleep(60)\n'
+    code = READY + 'os.kill(os.getpid(), signal.SIGKILL) if rank == "2" else time.sleep(600)\n'
     settings = write_settings(tmp_path, code, num_nodes=3)
     nodes = [start_node(settings, rank) for rank in range(3)]
     printed = outputs(*nodes)
     assert [node.returncode for node in nodes] == [137, 137, 137], printed
     assert "rank 2 on node 2 (" in printed[0]
     assert "node 0 ended the run with exit code 137" in printed[1]
-    assert wait_until_gone(mark, 2) == []
+    assert wait_until_gone(mark) == []
 
 
 def test_a_supervisor_killed_on_one_of_three_nodes_ends_all(tmp_path: Path, mark: str) -> None:
@@ -275,35 +275,37 @@ def test_a_supervisor_killed_on_one_of_three_nodes_ends_all(tmp_path: Path, mark
     nodes = [start_node(settings, rank) for rank in range(3)]
     wait_for(*(tmp_path / f"ready{rank}" for rank in range(3)))
     nodes[2].kill()
-    started = time.monotonic()
     printed = outputs(*nodes)
-    assert time.monotonic() - started < 4  # else node 0 has not told node 1, but hung up on it in the end
     assert [node.returncode for node in nodes] == [1, 1, -9], printed
     assert "node 2 (" in printed[0]
     assert "is gone: it closed the connection" in printed[0]
-    assert "node 0 ended the run with exit code 1" in printed[1]
-    assert wait_until_gone(mark, 2) == []
+    assert "node 0 ended the run with exit code 1" in printed[1]  # it was told, and not hung up on in the end
+    assert wait_until_gone(mark) == []
 
 
 def joined_by_hand(settings: Path) -> channel.Channel:
     """Node 1 of the settings' run, of which nothing comes but the heart-beat."""
     read = json.loads(settings.read_text())
-    place = NodePlace(1, 2, "127.0.0.1", read["port"], 1, 20, 6)
+    place = NodePlace(1, 2, "127.0.0.1", read["port"], 1, 120, 60)
     joined = _Joining(place, settings.parent, values_of(read, 1)).join()[0]
     joined.send("ready")
     return joined
 
 
 def test_a_node_that_never_says_that_its_ranks_ended_is_given_up(tmp_path: Path, mark: str) -> None:
-    settings = write_settings(tmp_path, "time.sleep(0.2)\nsys.exit(7)")
+    settings = write_settings(tmp_path, "time.sleep(0.2)\nsys.exit(7)", patience=1)
     leader = start_node(settings, 0)
     other = joined_by_hand(settings)
     printed = outputs(leader)[0]
     assert leader.returncode == 7, printed
     assert "does not say that its ranks have ended: node 0 waits no longer" in printed
-    said = []
-    while (message := other.poll()) is not None:
-        said.append(message["type"])
+    said, deadline = [], time.monotonic() + 60
+    while other.lost is None and time.monotonic() < deadline:
+        message = other.poll()
+        if message is None:
+            time.sleep(0.01)
+        else:
+            said.append(message["type"])
     assert said == ["stage", "stop"]
     other.close()
 
@@ -312,7 +314,7 @@ def test_a_node_that_cannot_start_its_ranks_says_why_on_node_0(tmp_path: Path, m
     settings = write_settings(tmp_path, SLEEP)
     leader = start_node(settings, 0)
     read = json.loads(settings.read_text())
-    place = NodePlace(1, 2, "127.0.0.1", read["port"], 1, 20, 6)
+    place = NodePlace(1, 2, "127.0.0.1", read["port"], 1, 120, 60)
     with pytest.raises(FileNotFoundError):
         follow(place, tmp_path, values_of(read, 1), lambda stage: ["/there/is/no/such/python"])
     printed = outputs(leader)[0]
@@ -326,7 +328,7 @@ def test_a_stage_that_is_not_of_this_run_is_refused(tmp_path: Path, mark: str) -
     settings = write_settings(tmp_path, SLEEP, stages=["../../etc"])
     leader = start_node(settings, 0)
     read = json.loads(settings.read_text())
-    place = NodePlace(1, 2, "127.0.0.1", read["port"], 1, 20, 6)
+    place = NodePlace(1, 2, "127.0.0.1", read["port"], 1, 120, 60)
     values = _Hiding(values_of(read, 1))
     with pytest.raises(UserError, match=r"asked for the stage '\.\./\.\./etc', but this run's stages are sft\."):
         follow(place, tmp_path, values, lambda stage: ["false"])

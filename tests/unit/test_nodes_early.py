@@ -23,7 +23,7 @@ from rlhf.distributed.nodes import NodePlace, Secret, installed
 from rlhf.distributed.stopping import SIGNALS
 from rlhf.errors import ConfigError, Stopped, UserError
 from tests.node_example import SLEEP, outputs, start_node, write_settings
-from tests.unit.test_launch import mark, wait_until_gone
+from tests.unit.test_launch import mark, wait_for, wait_until_gone
 from tests.unit.test_nodes_join import free_place, leader_thread, next_secret
 
 __all__ = ["mark"]  # the fixture
@@ -42,11 +42,9 @@ def test_a_node_that_waits_hears_that_node_0_ended_before_they_could_meet(
 
     thread = threading.Thread(target=lead)
     thread.start()
-    started = time.monotonic()
-    code = follower.follow(NodePlace(1, 2, place.host, place.port, 1, 20, 6), tmp_path, {}, lambda stage: ["false"])
+    code = follower.follow(NodePlace(1, 2, place.host, place.port, 1, 120, 60), tmp_path, {}, lambda stage: ["false"])
     thread.join()
     assert code == 2
-    assert time.monotonic() - started < 5
     assert "node 0 ended the run with exit code 2: another run works in this folder" in capsys.readouterr().err
 
 
@@ -56,7 +54,7 @@ def test_what_is_not_proven_to_be_node_0_cannot_make_a_success(tmp_path: Path) -
 
     def pretend() -> None:
         with listener, listener.accept()[0] as connection:
-            Lines(connection, 5).send("end", exit_code=0)
+            Lines(connection, 60).send("end", exit_code=0)
 
     thread = threading.Thread(target=pretend)
     thread.start()
@@ -71,8 +69,8 @@ def test_a_node_that_cannot_work_ends_the_waiting_for_it(tmp_path: Path, error: 
 
     place = free_place(0)
     failures: list[UserError | Stopped] = []
-    thread = leader_thread(place, tmp_path, failures)
-    node = NodePlace(1, 2, place.host, place.port, 1, 20, 6)
+    thread = leader_thread(Leader(place), tmp_path, failures)
+    node = NodePlace(1, 2, place.host, place.port, 1, 120, 60)
     with pytest.raises(type(error)):
         follower.follow(node, tmp_path, {"a": 1}, lambda stage: ["false"], prepare=prepare)
     thread.join()
@@ -105,20 +103,17 @@ def test_a_signal_to_any_node_ends_the_waiting_for_others(
 ) -> None:
     settings = write_settings(tmp_path, SLEEP, num_nodes=3)
     both = [start_node(settings, 0), start_node(settings, 1)]
-    next_secret(tmp_path)
-    time.sleep(1)  # until node 1 has joined
-    started = time.monotonic()
+    wait_for(tmp_path / "1.joined")
     both[rank].send_signal(number)
     printed = outputs(*both)
     assert [node.returncode for node in both] == [128 + number, 128 + number], printed
-    assert time.monotonic() - started < 5
     assert not list(tmp_path.glob(".nodes-*"))
-    assert wait_until_gone(mark, 2) == []
+    assert wait_until_gone(mark) == []
 
 
 def test_a_node_0_that_was_there_and_is_gone_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follower, "REFUSED_SECONDS", 0.5)
-    place = free_place(1, timeout=60)
+    monkeypatch.setattr(follower, "REFUSED_SECONDS", 3.0)
+    place = free_place(1)
     listener = socket.create_server((place.host, place.port))
 
     def die() -> None:
@@ -135,12 +130,12 @@ def test_a_node_0_that_was_there_and_is_gone_is_not_waited_for(tmp_path: Path, m
 def test_a_hello_that_was_overheard_opens_nothing(tmp_path: Path) -> None:
     place = free_place(0)
     failures: list[UserError | Stopped] = []
-    thread = leader_thread(place, tmp_path, failures)
+    thread = leader_thread(Leader(place), tmp_path, failures)
     secret = Secret.read(tmp_path, next_secret(tmp_path).stem.removeprefix(".nodes-"))
     assert secret is not None
 
     def challenged() -> tuple[Lines, object]:
-        lines = Lines(socket.create_connection((place.host, place.port)), 5)
+        lines = Lines(socket.create_connection((place.host, place.port)), 60)
         while (message := lines.receive())["type"] == "wait":
             pass
         return lines, message["nonce"]
@@ -172,16 +167,16 @@ def test_a_hello_that_was_overheard_opens_nothing(tmp_path: Path) -> None:
 def test_only_so_many_connections_are_looked_at_at_a_time(tmp_path: Path) -> None:
     place = free_place(0)
     failures: list[UserError | Stopped] = []
-    thread = leader_thread(place, tmp_path, failures)
+    thread = leader_thread(Leader(place), tmp_path, failures)
     next_secret(tmp_path)
     idle = [socket.create_connection((place.host, place.port)) for _ in range(place.num_nodes + 16)]
     for connection in idle:
-        Lines(connection, 5).receive()
+        Lines(connection, 60).receive()
     with pytest.raises(ChannelError, match="closed the connection"):
-        Lines(socket.create_connection((place.host, place.port)), 5).receive()
+        Lines(socket.create_connection((place.host, place.port)), 60).receive()
     for connection in idle:
         connection.close()
-    node = NodePlace(1, 2, place.host, place.port, 1, 20, 6)
+    node = NodePlace(1, 2, place.host, place.port, 1, 120, 60)
     assert follower.follow(node, tmp_path, {"a": 1}, lambda stage: ["false"]) == 5
     thread.join()
     assert failures == []

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -398,6 +399,13 @@ def test_trackers_get_the_numbers_of_a_taken_stage(
     ]
 
 
+def _until(what: Callable[[], bool]) -> None:
+    """Returns when it is so, or when that has taken too long: what the test looks at then says what was missing."""
+    deadline = time.monotonic() + 60
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached_stages, "POLL_SECONDS", 0.01)
@@ -415,7 +423,7 @@ def test_one_computes_and_the_others_wait(
         with cached_stage(config, run, _plan(), 1, before_waiting=lambda: freed.append(name)) as cached:
             if not cached.taken:
                 computed.append(name)
-                time.sleep(0.3)
+                _until(lambda: len(freed) == 2)
                 _compute(run, _plan())
                 cached.publish()
 
@@ -465,7 +473,7 @@ def test_when_it_fails_the_next_one_computes(config: RLHFConfig, tmp_path: Path)
             cached_stage(config, _run(tmp_path / "a"), _plan(), 1, before_waiting=lambda: None),
         ):
             begun.set()
-            waited.wait(20)
+            waited.wait(60)
             raise RuntimeError
 
     thread = threading.Thread(target=fail)
@@ -484,7 +492,7 @@ from pathlib import Path
 from rlhf.runs.lease import Lease
 assert Lease.acquire(Path(sys.argv[1]), {"run": "theirs"}) is not None
 print("held", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -504,7 +512,7 @@ def test_a_holder_that_was_killed_blocks_nobody(config: RLHFConfig, tmp_path: Pa
     waited = threading.Event()
 
     def kill() -> None:
-        waited.wait(20)
+        waited.wait(60)
         process.send_signal(signal.SIGKILL)
         process.wait()
 
@@ -513,7 +521,7 @@ def test_a_holder_that_was_killed_blocks_nobody(config: RLHFConfig, tmp_path: Pa
     began = time.monotonic()
     with cached_stage(config, run, _plan(), 1, before_waiting=waited.set) as cached:
         assert not cached.taken
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 120  # and not only when its lease has run out
         assert not left.exists()
         holder = read_holder(path)
         assert holder is not None
@@ -531,17 +539,26 @@ def _elsewhere(path: Path) -> dict[str, Any]:
     return body
 
 
+def _clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What time it is for those who look at a lease: `now`."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
 def test_a_silent_holder_elsewhere_is_dead_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "DEAD_SECONDS", 0.15)
+    clock = _clock(monkeypatch)
     path = tmp_path / "x.lease"
     _elsewhere(path)
     waiting = Waiting(path)
     for beat in range(1, 5):
-        time.sleep(0.06)
+        clock.now += 0.4 * lease.DEAD_SECONDS
         os.utime(path, (beat, beat))  # by its own clock, which is far behind
         assert str(waiting.holder()) == "process 4194305 on far"
     assert Lease.acquire(path, {}) is None
-    time.sleep(0.2)
+    clock.now += 0.9 * lease.DEAD_SECONDS
+    assert waiting.holder() is not None
+    clock.now += 0.2 * lease.DEAD_SECONDS
     assert waiting.holder() is None
     own = Lease.acquire(path, {})
     assert own is not None
@@ -550,19 +567,21 @@ def test_a_silent_holder_elsewhere_is_dead_after_a_while(tmp_path: Path, monkeyp
     path.touch()
     waiting = Waiting(path)
     assert waiting.holder() is not None
-    time.sleep(0.2)
+    clock.now += 1.1 * lease.DEAD_SECONDS
     assert waiting.holder() is None
     assert not path.exists()
 
 
 def test_a_living_holder_keeps_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "DEAD_SECONDS", 0.3)
+    clock = _clock(monkeypatch)
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
     path = tmp_path / "folder/x.lease"
     with Lease.acquire(path, {"run": "r"}) as own:  # type: ignore[union-attr]
         waiting = Waiting(path)
-        for _ in range(12):
-            time.sleep(0.05)
+        for _ in range(4):
+            clock.now += 0.9 * lease.DEAD_SECONDS
+            last = path.stat().st_mtime_ns
+            _until(lambda last=last: path.stat().st_mtime_ns > last)  # type: ignore[misc]
             holder = waiting.holder()
             assert holder is not None
             assert holder.about == {"run": "r"}

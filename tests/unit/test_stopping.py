@@ -44,6 +44,7 @@ def _start(script: str, extra: dict[str, str] | None = None) -> subprocess.Popen
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT_START + textwrap.dedent(script)],
         env=environment(extra),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -55,7 +56,7 @@ def _start(script: str, extra: dict[str, str] | None = None) -> subprocess.Popen
 WAITS = """
 try:
     say("ready")
-    time.sleep(30)
+    time.sleep(300)
 except Exception:
     say("swallowed")
 except Stopped as stopped:
@@ -80,7 +81,7 @@ with stopping.polled(alone) as stop:
 def test_a_signal_ends_what_does_not_poll_at_once(number: signal.Signals, code: int) -> None:
     process = _start(WAITS)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=10)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == code
     assert said == f"stopped by {number.name}; the same command goes on where it stopped\n"
     assert code in EXIT_STOPPED
@@ -91,56 +92,64 @@ def test_what_polls_goes_on_to_where_it_looks() -> None:
         "try:" + textwrap.indent(POLLS.replace("SECONDS", "0.2"), "    ") + "\nexcept Stopped: sys.exit(7)"
     )
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=10)
+    said, _ = process.communicate(timeout=60)
     # It was asked, finished what it did, and the block ended with the signal that nobody had answered.
     assert said == "asked\nsaved\n"
     assert process.returncode == 7
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    process = _start(POLLS.replace("SECONDS", "30"))
+    process = _start(POLLS.replace("SECONDS", "300"))
     assert process.stdout is not None
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 130
+    assert process.wait(timeout=60) == 130
     assert process.stdout.read() == ""
 
 
 @pytest.mark.parametrize("extra", [{"RLHF_SUPERVISOR_PID": "1"}, {"RANK": "0"}], ids=["our_rank", "other_launcher"])
 def test_a_rank_that_hears_of_one_signal_twice_still_saves(extra: dict[str, str]) -> None:
-    process = _start(POLLS.replace("SECONDS", "0.3"), extra)
+    # Other launchers repeat a signal soon; how soon is a matter of the machine here. It saves once it is told to.
+    script = "stopping._ECHO_SECONDS *= 100\nstopping.install()\n" + POLLS
+    process = _start(script.replace("time.sleep(SECONDS)", "sys.stdin.readline()"), extra)
+    assert process.stdin is not None
     assert process.stdout is not None
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGTERM)
+    process.stdin.write("\n")
+    process.stdin.flush()
     assert process.stdout.readline() == "saved\n"
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
 
 
 def test_under_another_launcher_a_later_signal_ends_at_once() -> None:
-    process = _start(POLLS.replace("SECONDS", "30"), {"RANK": "0"})
+    process = _start(POLLS.replace("SECONDS", "300"), {"RANK": "0"})
     assert process.stdout is not None
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "asked\n"
     time.sleep(1.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 143
+    assert process.wait(timeout=60) == 143
 
 
 def test_a_forked_helper_dies_of_the_signal_as_ever() -> None:
     script = """
     with stopping.polled(alone):
+        heard, told = os.pipe()
         helper = os.fork()
         if helper == 0:
             say("ready")
-            time.sleep(30)
-        os.kill(helper, 15) if time.sleep(0.3) is None else None
+            os.write(told, b"x")
+            time.sleep(300)
+        os.read(heard, 1)
+        os.kill(helper, 15)
         _, status = os.waitpid(helper, 0)
         say(f"helper ended by {os.WTERMSIG(status)}, asked {stopping.requested()}")
     """
     process = _start(script)
-    said, _ = process.communicate(timeout=10)
+    said, _ = process.communicate(timeout=60)
     assert said == "helper ended by 15, asked None\n"
 
 
@@ -179,18 +188,18 @@ def test_the_message_says_why_there_is_no_checkpoint(
 def test_other_ranks_wait_until_the_stop_is_written_down(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     began = time.monotonic()
-    rank_pipeline._wait_for_note(run, 20)  # no manifest can be read here
-    assert time.monotonic() - began < 1
+    rank_pipeline._wait_for_note(run, 120)  # no manifest can be read here
+    assert time.monotonic() - began < 60
     manifest.start_manifest(run, command=["rlhf"], config={}, config_hash="", seed=0, stages=["sft"])
     began = time.monotonic()
     rank_pipeline._wait_for_note(run, 0.2)
     assert time.monotonic() - began >= 0.2
     writer = threading.Timer(0.3, manifest.finish_manifest, (run, 143))
-    writer.start()
     began = time.monotonic()
-    rank_pipeline._wait_for_note(run, 20)
+    writer.start()
+    rank_pipeline._wait_for_note(run, 120)
     writer.join()
-    assert 0.2 < time.monotonic() - began < 5
+    assert 0.2 < time.monotonic() - began < 60
 
 
 def test_ctrl_c_while_modules_are_imported_is_no_traceback(tmp_path: Path) -> None:

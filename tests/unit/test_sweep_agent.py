@@ -31,7 +31,7 @@ def _ends(sweep: Sweep) -> list[int]:
     return [len(lines_of(trial / "ends")) for trial in trials]
 
 
-def _wait(what: Callable[[], bool], seconds: float = 60) -> None:
+def _wait(what: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen"
@@ -80,7 +80,7 @@ def test_three_agents_one_killed(tmp_path: Path) -> None:
     def in_the_middle() -> bool:
         nonlocal trial
         for one in sweep.journal.look().by_state("running"):
-            if f"-{victim.pid}-" in (one.agent or "") and (sweep.folder.trial(one.number) / "step").exists():
+            if f"-{victim.pid}-" in (one.agent or "") and lines_of(sweep.folder.trial(one.number) / "step"):
                 trial = one.number
                 return True
         return False
@@ -108,11 +108,14 @@ def test_three_agents_one_killed(tmp_path: Path) -> None:
 
 
 def test_an_agent_that_is_told_to_end_leaves_its_trial_to_others(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 0.2}, steps: {value: 8}}\n")
+    hold = tmp_path / "hold"  # the trial waits after its first step
+    hold.touch()
+    sweep = make_sweep(tmp_path, f"method: grid\nparameters: {{wait_while: {{value: {hold}}}}}\n")
     agent = _start(sweep)
-    _wait(lambda: (sweep.folder.trial(0) / "step").exists())
+    _wait(lambda: bool(lines_of(sweep.folder.trial(0) / "step")))
     agent.send_signal(signal.SIGTERM)
-    said, _ = agent.communicate(timeout=60)
+    said, _ = agent.communicate(timeout=120)
+    hold.unlink()
     assert agent.returncode == 143
     assert "trial 0 released" in said
     trial = sweep.journal.look().trials[0]
@@ -125,30 +128,32 @@ def test_an_agent_that_is_told_to_end_leaves_its_trial_to_others(tmp_path: Path)
     assert _ends(sweep) == [1]
 
 
-def test_a_trial_whose_agent_was_not_heard_of(tmp_path: Path) -> None:
+def test_a_trial_whose_agent_was_not_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease of another host runs out; the agent that comes back finds the trial taken, and stops its own process."""
-    sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 30}}\n", lease_seconds=60)
+    sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 300}}\n", lease_seconds=60)
     slow = Agent(sweep)
     trial, _ = slow._take()
     assert trial is not None
-    process = slow._start(trial, {"pause": 30})
+    process = slow._start(trial, {"pause": 300})
+    stop = process.stop
+    monkeypatch.setattr(process, "stop", lambda seconds: stop(60 * seconds))
     try:
         lease = sweep.folder.path / "leases" / "0.json"
         lease.write_text(lease.read_text().replace('"host": "', '"host": "elsewhere-'))
         other = Agent(sweep)
         # It still has time.
         assert other._take() == (None, "1 trial of others")
-        os.utime(lease, (time.time() - 100, time.time() - 100))
         begun = sweep.journal.events()[-1]["time"]
+        os.utime(lease, (begun - 100, begun - 100))
         sweep.journal.path.write_text(sweep.journal.path.read_text().replace(str(begun), str(round(begun - 120, 3))))
         other = Agent(sweep)
         taken, _ = other._take()
         assert taken is not None
         assert (taken.number, taken.attempt) == (0, 2)
         # It worked until it was last heard of.
-        assert sweep.journal.look().trials[0].seconds == pytest.approx(20, abs=5)
+        assert sweep.journal.look().trials[0].seconds == pytest.approx(20, abs=0.1)
         # The first one looks at the journal when it next touches its lease.
-        slow.sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 30}}\n", lease_seconds=60)
+        slow.sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 300}}\n", lease_seconds=60)
         object.__setattr__(slow.sweep, "lease_seconds", 0.3)
         outcome = slow._follow(trial, process)
         assert outcome.lost
@@ -348,14 +353,17 @@ def test_the_target_ends_the_sweep(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_told_to_end_by_others_is_handed_out_again(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path, "method: grid\nparameters: {pause: {value: 0.2}, steps: {value: 4}}\n")
+    hold = tmp_path / "hold"  # the trial waits after its first step
+    hold.touch()
+    sweep = make_sweep(tmp_path, f"method: grid\nparameters: {{wait_while: {{value: {hold}}}}}\n")
     agent = Agent(sweep, count=1)
     trial, _ = agent._take()
     assert trial is not None
-    process = agent._start(trial, {"pause": 0.2, "steps": 4})
-    _wait(lambda: (sweep.folder.trial(0) / "step").exists())
+    process = agent._start(trial, {"wait_while": str(hold)})
+    _wait(lambda: bool(lines_of(sweep.folder.trial(0) / "step")))
     os.kill(process.group, signal.SIGTERM)
     outcome = agent._follow(trial, process)
+    hold.unlink()
     agent._settle(trial, outcome)
     assert sweep.journal.look().trials[0].state == "waiting"
     Agent(sweep).work()
@@ -365,13 +373,13 @@ def test_a_run_that_is_told_to_end_by_others_is_handed_out_again(tmp_path: Path)
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     """What the program started and left running ends with it."""
     marker = tmp_path / "pid"
-    script = f"sleep 60 & echo $! > {marker}; exit 0"
+    script = f"sleep 600 & echo $! > {marker}; exit 0"
     process = TrialProcess(["/bin/sh", "-c", script], dict(os.environ), tmp_path / "log")
     _wait(lambda: process.poll() is not None)
     process.clean()
     left = int(marker.read_text())
     stat = Path(f"/proc/{left}/stat")
-    _wait(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX", seconds=5)
+    _wait(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX")
 
 
 def test_sqlite_holds_the_study_as_well(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from rlhf.config import load_config
 from rlhf.config.serialize import plain_values
 from rlhf.distributed.launch import launch
 from rlhf.errors import ConfigError
+from rlhf.runs import wandb_logger
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.sinks import Ending, Start
 from rlhf.runs.sweep_agent import check_sweep, sweep_run_id, with_verb
@@ -330,6 +331,7 @@ def test_the_keys_that_wandb_has_locked_are_no_failure(tmp_path: Path, monkeypat
     agent.write_parameters(trial)
     for name, value in {**agent.variables(trial), "WANDB_MODE": "offline"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(wandb_logger, "INIT_SECONDS", 100.0)  # for slow machines
     config = load_config(["experiment=smoke", "tracking.wandb=offline", "ppo.num_updates=9"]).config
     warned: list[str] = []
     run = RunFolder(tmp_path / "run")

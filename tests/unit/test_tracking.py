@@ -242,22 +242,24 @@ def test_a_stop_is_written_down_before_a_slow_wandb_and_does_not_wait_for_it(
 
     def finish(self: FakeRun, exit_code: int) -> None:
         noted.append((exit_code, manifest.read_manifest(run)["stages"]["sft"].get("stopped")))
-        slow.wait(20)
+        slow.wait(300)
 
     monkeypatch.setattr(FakeRun, "finish", finish)
     began = time.monotonic()
     try:
         with pytest.raises(Stopped), Tracker.open(run, TrackingConfig(), "sft", 5):
             raise Stopped(15, 3)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
         # A stop that went wrong is in as much of a hurry.
         full = DiskFullError("no room")
         full.__context__ = Stopped(15)  # as where it is raised by what answers the stop
         with pytest.raises(DiskFullError), Tracker.open(run, TrackingConfig(), "sft", 5):
             raise full
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 120
     finally:
         slow.set()
+    while len(noted) < 2 and time.monotonic() - began < 180:  # a thread of its own tells W&B
+        time.sleep(0.01)
     assert noted == [(code, {"signal": "SIGTERM", "step": 3}) for code in (143, 1)]
     assert capsys.readouterr().out.count("W&B had not finished after 0.2 s") == 2
 
@@ -340,12 +342,19 @@ from rlhf.runs.folder import RunFolder, StageResult
 from rlhf.runs.tracking import StageSinks, Tracker, record_result
 from rlhf.worker import leave
 
-wandb_logger.INIT_SECONDS = 3.0
+connect = wandb_logger._init
+
+def connect_at_any_speed(start, mode):
+    wandb_logger.INIT_SECONDS = 3.0 if mode == "online" else 300.0
+    return connect(start, mode)
+
+wandb_logger._init = connect_at_any_speed
+wandb_logger.FINISH_SECONDS = 300.0
 started = time.monotonic()
 with Tracker.open(RunFolder(Path(sys.argv[1])), TrackingConfig(), "sft", 2) as tracker:
     for step in (1, 2):
         tracker.log(step, {"sft/loss": 1.0})
-print("seconds", time.monotonic() - started)
+print("seconds", time.monotonic() - started, time.time())
 leave(0)
 """
     with silent_server() as address:
@@ -353,20 +362,20 @@ leave(0)
         env = environment(extra)
         # What W&B has put into the environment of this process, if another test has used it here, is not of this one.
         env = {name: value for name, value in env.items() if not name.startswith("WANDB_") or name in extra}
-        started = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)],
             env=env,
             capture_output=True,
             text=True,
             check=True,
-            timeout=120,
+            timeout=400,
         )
-        total = time.monotonic() - started
+        ended = time.time()
     assert done.stdout.count("W&B could not start online, so it logs offline (wandb sync uploads later)") == 1
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")), done.stdout
-    seconds = float(done.stdout.splitlines()[-1].split()[1])
-    # One second of patience with the server; starting W&B twice takes the rest. Nothing waits for it at the end.
-    assert seconds < 25
-    assert total - seconds < 15
+    seconds, left = (float(number) for number in done.stdout.splitlines()[-1].split()[1:])
+    # Three seconds of patience with the server, where W&B's own is 90; starting W&B twice takes the rest.
+    assert seconds < 80
+    # Nothing waits for it at the end.
+    assert ended - left < 60

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -131,12 +130,26 @@ def test_the_command_to_label_is_the_configs(tmp_path: Path) -> None:
     assert "1 of 2 labels are missing" in message
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when somebody waits and has said so."""
+    event, show = threading.Event(), waiting.StatusLine.show
+
+    def shown(line: waiting.StatusLine, text: str) -> None:
+        show(line, text)
+        event.set()
+
+    monkeypatch.setattr(waiting.StatusLine, "show", shown)
+    return event
+
+
 @contextmanager
-def labeller(path: Path, seconds: float = 0.15) -> Iterator[None]:
-    """A person who labels everything after a while, in another thread."""
+def labeller(path: Path, begin: threading.Event | None = None) -> Iterator[None]:
+    """A person who labels everything, at once or from an event on, in another thread."""
 
     def work() -> None:
-        time.sleep(seconds)
+        if begin is not None:
+            begin.wait(60)
         with PreferenceStore.open(path) as store:
             while (assignment := store.next_assignment("a", lease_seconds=60)) is not None:
                 store.submit(assignment.id, "a", Choice(assignment.shown[0]), token=f"t{assignment.id}")
@@ -149,10 +162,12 @@ def labeller(path: Path, seconds: float = 0.15) -> Iterator[None]:
         thread.join()
 
 
-def test_waiting_ends_with_the_last_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_waiting_ends_with_the_last_label(
+    tmp_path: Path, told: threading.Event, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = collect_config(HUMAN)
     ask(config, tmp_path, "human", "human", "human")
-    with labeller(store_path(config, tmp_path)):
+    with labeller(store_path(config, tmp_path), told):
         wait_for_people(config, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     # Without a terminal a line comes now and then, not with every label.
@@ -170,13 +185,15 @@ def test_a_signal_ends_the_waiting(tmp_path: Path) -> None:
         wait_for_people(config, tmp_path, sleep=stopped)
 
 
-def test_a_page_that_ended_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_that_ended_is_said_once(
+    tmp_path: Path, told: threading.Event, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = collect_config(HUMAN)
     ask(config, tmp_path, "human")
     # This is no verb: it ends at once, with exit code 2.
     with waiting.served(["no", "verb"], {**os.environ}) as page:
         assert page.wait(60) == 2
-        with labeller(store_path(config, tmp_path)):
+        with labeller(store_path(config, tmp_path), told):
             wait_for_people(config, tmp_path, page=page)
     error = capsys.readouterr().err
     assert error.count("the labelling page ended with exit code 2") == 1
@@ -239,7 +256,7 @@ def test_the_supervisor_waits_without_gpus_and_goes_on(tmp_path: Path, monkeypat
     def wait(config: RLHFConfig, run: Path, *more: Any) -> None:
         manifest = read_manifest(RunFolder(run))
         seen.append((manifest["status"], manifest["stages"]["collect"]["status"], ranks_of()))
-        with labeller(store_path(config, run), 0.0):
+        with labeller(store_path(config, run)):
             wait_as_configured(config, run, *more)
 
     def ranks_of() -> bool:
@@ -310,7 +327,7 @@ def test_the_stage_ends_until_people_have_labelled(policy: str, tmp_path: Path) 
     assert people_wanted(config, tmp_path) == Missing(len(asked.everything), len(asked.everything))
     with PreferenceStore.open(store_path(config, tmp_path)) as store:
         store.add_annotator(Annotator("a", "human"))
-    with labeller(store_path(config, tmp_path), 0.0):
+    with labeller(store_path(config, tmp_path)):
         pass
     summary = run_collect(config, tmp_path, policy).summary
     assert summary["labels"] == len(asked.everything)
@@ -338,7 +355,7 @@ def test_a_mixture_asks_people_for_their_share(policy: str, tmp_path: Path) -> N
     wanted = people_wanted(config, tmp_path)
     assert wanted is not None
     assert wanted.num_wanted == list(kinds.values()).count("human")
-    with labeller(store_path(config, tmp_path), 0.0):
+    with labeller(store_path(config, tmp_path)):
         pass
     run_collect(config, tmp_path, policy)
     assert {one.annotator for records in comparisons_of(tmp_path).values() for one in records} == {"a", "rest"}

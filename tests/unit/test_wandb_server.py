@@ -17,9 +17,11 @@ import sys
 from pathlib import Path
 from rlhf.config.tracking import TrackingConfig
 from rlhf.errors import Stopped
-from rlhf.runs import manifest
+from rlhf.runs import manifest, wandb_logger
 from rlhf.runs.folder import RunFolder, StageResult
 from rlhf.runs.tracking import StageSinks, Tracker
+# The server here answers: a slow machine is to have the time that this takes.
+wandb_logger.INIT_SECONDS = wandb_logger.HURRIED_FINISH_SECONDS = 100.0
 run, tracking = RunFolder(Path(sys.argv[1])), TrackingConfig(wandb=sys.argv[2])
 config = {"experiment": "x", "seed": 1}
 run.create()
@@ -56,7 +58,7 @@ def test_online_and_synced_runs_are_continued_and_whole(tmp_path: Path) -> None:
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=240,
+                timeout=600,
             )
             assert done.returncode == 0, done.stderr
             assert "W&B" not in done.stdout, done.stdout
@@ -64,7 +66,7 @@ def test_online_and_synced_runs_are_continued_and_whole(tmp_path: Path) -> None:
         command = sync_command(RunFolder(tmp_path / "offline"))
         assert command is not None
         path = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-        synced = subprocess.run(command, shell=True, env={**env, "PATH": path}, check=False, timeout=240)
+        synced = subprocess.run(command, shell=True, env={**env, "PATH": path}, check=False, timeout=600)
         assert synced.returncode == 0
         # What has been uploaded is not offered again.
         assert sync_command(RunFolder(tmp_path / "offline")) is None

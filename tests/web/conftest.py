@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, expect, sync_playwright
 
+from rlhf.preferences.page import progress
 from rlhf.preferences.store import Label, PreferenceStore
 from tests.web.label_example import RunningPage
 
@@ -18,6 +21,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium is installed; on Debian it is the package chromium"
 )
+# How long a browser may take for anything: only what never happens is a failure.
+PATIENCE_MS = 60_000
+expect.set_options(timeout=PATIENCE_MS)
 # What the page may not do is told to the console, where `Seat` hears it.
 _REPORT_VIOLATIONS = """
 addEventListener("securitypolicyviolation", (event) => {
@@ -31,7 +37,7 @@ PHONE: dict[str, Any] = {"viewport": {"width": 375, "height": 667}, "has_touch":
 def browser() -> Iterator[Browser]:
     """One browser a file: playwright's event loop must not outlive the tests that need it."""
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=3 * PATIENCE_MS)
         yield opened
         opened.close()
 
@@ -79,6 +85,11 @@ class Seat:
         """The texts of the responses, in the order on the screen."""
         return self.page.locator(".response .text").all_text_contents()
 
+    def stop_clock(self) -> None:
+        """Stops the time of the page an hour from now: from here on it does nothing but what it is told to."""
+        self.page.clock.install()
+        self.page.clock.pause_at(datetime.now(UTC) + timedelta(hours=1))
+
     def check(self) -> None:
         """Fails when something went wrong that is not allowed."""
         wrong = [problem for problem in self.problems if not any(text in problem for text in self.allowed)]
@@ -111,7 +122,7 @@ def sit(browser: Browser) -> Iterator[Sit]:
 
     def sit_down(running: RunningPage, name: str | None = None, *, link: str | None = None, **options: Any) -> Seat:
         context = browser.new_context(**{"reduced_motion": "reduce", **options})
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(PATIENCE_MS)
         context.add_init_script(_REPORT_VIOLATIONS)
         seat = Seat(context.new_page(), context, running.url)
         seats.append(seat)
@@ -134,6 +145,12 @@ def store(tmp_path: Path) -> Iterator[PreferenceStore]:
     """A new store without tasks."""
     with PreferenceStore.create(tmp_path / "labels.sqlite", seed=1) as made:
         yield made
+
+
+@pytest.fixture
+def exact_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress is counted for every request, whatever that costs."""
+    monkeypatch.setattr(progress, "_CHEAP_SECONDS", math.inf)
 
 
 def labels_of(store: PreferenceStore, annotator: str | None = None) -> list[Label]:

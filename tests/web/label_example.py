@@ -65,6 +65,8 @@ RANKED: tuple[PromptContent, tuple[str, ...]] = (
     "Give me one tip for sleeping well.",
     ("Go to bed at the same time.", "Sleep.", "Drink coffee at ten.", "Keep the room dark and cool."),
 )
+# Seconds that a request, or the end of the server, may take: only what never happens is a failure.
+TIMEOUT = 60.0
 # What a page could never send: answers to a pair, fields of a submission, bodies of any request.
 IMPOSSIBLE_ANSWERS: list[Any] = [
     {"kind": "choice", "position": 2, "strength": 1},
@@ -163,7 +165,7 @@ class RunningPage:
 
     def client(self, name: str | None = None, *, link: str | None = None) -> httpx.Client:
         """A client that has entered, with the headers of the page, and has said its name when one is given."""
-        client = httpx.Client(base_url=self.url, headers={"X-RLHF": "1"}, timeout=20, verify=False)
+        client = httpx.Client(base_url=self.url, headers={"X-RLHF": "1"}, timeout=TIMEOUT, verify=False)
         self._clients.append(client)
         assert client.get(link or self.link()).status_code == 303
         if name is not None:
@@ -206,7 +208,7 @@ def running_page(
         finally:
             page.close()
             server.should_exit = True
-            thread.join(20)
+            thread.join(TIMEOUT)
             assert not thread.is_alive()
 
 

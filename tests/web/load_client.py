@@ -1,8 +1,8 @@
 """Annotators who label without a pause over HTTP, all in one process: cheap, so that the server is measured.
 
 Plain HTTP/1.1 over asyncio streams, one connection an annotator, kept alive. A request that gets no reply is sent
-again, a submission with the same token, until the server is back. `main` prints what was
-acknowledged and how long it took.
+again, a submission with the same token, until the server is back. `main` prints what was acknowledged and how long it
+took.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import json
 import random
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 RETRY_SECONDS = 0.05
-GIVE_UP_SECONDS = 60.0
+GIVE_UP_SECONDS = 300.0
 ASK_AGAIN_SECONDS = 0.1
 
 
@@ -78,8 +79,11 @@ class Connection:
         return int(lines[0].split()[1]), json.loads(text) if text and "json" in headers["content-type"] else text
 
 
-async def annotate(port: int, token: str, number: int, outcome: Outcome) -> None:
-    """One annotator, until there is nothing left for them."""
+async def annotate(port: int, token: str, number: int, outcome: Outcome, holds: Collection[int]) -> None:
+    """One annotator, until there is nothing left for them.
+
+    When as many labels are there as a number in `holds`, all annotators wait for a line on standard input.
+    """
     chance = random.Random(number)
     connection = Connection(port, outcome)
     name = f"annotator {number}"
@@ -108,6 +112,8 @@ async def annotate(port: int, token: str, number: int, outcome: Outcome) -> None
         outcome.labels[submission["token"]] = row
         # The line is the acknowledgement that whoever kills the server relies on.
         print(json.dumps(row), flush=True)
+        if len(outcome.labels) in holds:
+            sys.stdin.readline()
     connection.close()
 
 
@@ -120,13 +126,13 @@ def _answer(chance: random.Random) -> dict[str, Any]:
     return {"kind": "choice", "position": chance.randrange(2), "strength": chance.randint(1, 3)}
 
 
-async def main(port: int, token: str, num_annotators: int) -> None:
+async def main(port: int, token: str, num_annotators: int, *holds: int) -> None:
     """All annotators at once; the last line printed is the outcome."""
     outcome = Outcome()
     start = time.monotonic()
-    await asyncio.gather(*(annotate(port, token, number, outcome) for number in range(num_annotators)))
+    await asyncio.gather(*(annotate(port, token, number, outcome, holds) for number in range(num_annotators)))
     print(json.dumps({**vars(outcome), "elapsed": time.monotonic() - start}), flush=True)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])))

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 from rlhf.runs.comparison.command import run_report
 from tests.comparison_example import NUM_PROMPTS, make_methods, make_run
 from tests.web.attacks import ATTACKS
-from tests.web.conftest import PHONE, needs_chromium
+from tests.web.conftest import PATIENCE_MS, PHONE, needs_chromium
 
 pytestmark = needs_chromium
 ATTACK = "</script><script>window.attacked=1</script>" + "".join(ATTACKS)
@@ -30,6 +30,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page(browser: Browser, comparison: Path) -> Iterator[Page]:
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE_MS)
     opened = context.new_page()
     problems: list[str] = []
     opened.on("console", lambda message: problems.append(message.text))
@@ -96,6 +97,7 @@ def test_curves_change_their_axis(page: Page) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone(browser: Browser, comparison: Path, scheme: str) -> None:
     context = browser.new_context(**PHONE, color_scheme=scheme)  # type: ignore[arg-type]
+    context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
     page.goto(comparison.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 375

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from rlhf.preferences.page import progress as progress_module
 from rlhf.preferences.page.desk import DeskSettings
-from rlhf.preferences.page.progress import per_hour
-from rlhf.preferences.store import Annotator, Choice, Label, PreferenceStore, Skip
+from rlhf.preferences.page.progress import Progress, per_hour
+from rlhf.preferences.store import Annotator, Choice, Label, PreferenceStore, Skip, Totals
 from tests.unit.preference_store_example import START, HandClock
 from tests.web.label_example import (
     IMPOSSIBLE_ANSWERS,
@@ -223,6 +225,7 @@ def test_reloading_gives_the_same_task_with_the_full_time(
     assert held.lease_ends == START + timedelta(seconds=2 * LEASE - 1)
 
 
+@pytest.mark.usefixtures("exact_progress")
 def test_two_annotators_get_different_tasks_until_nothing_is_left(store: PreferenceStore, page: RunningPage) -> None:
     add_pairs(store, 2)
     anna, ben = page.client("anna"), page.client("ben")
@@ -366,6 +369,7 @@ def test_tasks_say_nothing_but_what_is_to_be_judged(store: PreferenceStore, page
     assert [message["role"] for message in chats[0]] == ["system", "user", "assistant", "user"]
 
 
+@pytest.mark.usefixtures("exact_progress")
 def test_progress_and_pace(store: PreferenceStore, page: RunningPage, clock: HandClock) -> None:
     add_pairs(store, 4, num_labels=2)
     anna = page.client("anna")
@@ -385,6 +389,32 @@ def test_progress_and_pace(store: PreferenceStore, page: RunningPage, clock: Han
     clock.move(86400)
     later = post(anna, "/api/next")["progress"]
     assert (later["labelled"], later["labelled_today"], later["remaining"]) == (3, 0, 1)
+
+
+def test_what_costs_the_processor_is_not_counted_for_every_request(
+    store: PreferenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cheap = 0.02
+    counted: list[str] = []
+
+    def count(annotator: str, totals: Totals) -> int:
+        counted.append(annotator)
+        if annotator == "works":
+            end = time.thread_time() + 2 * cheap
+            while time.thread_time() < end:
+                pass
+        else:
+            time.sleep(2 * cheap)
+        return len(counted)
+
+    monkeypatch.setattr(store, "num_open_for", count)
+    monkeypatch.setattr(progress_module, "_CHEAP_SECONDS", cheap)
+    # What is kept is kept for an hour at least.
+    monkeypatch.setattr(progress_module, "_SHARE", cheap / 3600)
+    shown = Progress(store)
+    for name in ("works", "works", "waits", "waits"):
+        shown.of(name)
+    assert counted == ["works", "waits", "waits"]
 
 
 def test_a_break_is_no_part_of_the_pace() -> None:

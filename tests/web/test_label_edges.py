@@ -94,6 +94,7 @@ def test_the_file_that_opens_the_browser_leads_in(
         expect(seat.page.locator("#message p")).to_contain_text("There is nothing to label")
 
 
+@pytest.mark.usefixtures("exact_progress")
 def test_what_is_left_does_not_tell_which_tasks_are_repeated(store: PreferenceStore) -> None:
     """The number falls by one with every label, whether the task has a blind repeat, or is one."""
     tasks = add_pairs(store, 4)
@@ -112,6 +113,7 @@ def test_what_is_left_does_not_tell_which_tasks_are_repeated(store: PreferenceSt
         assert ben.get("/api/me").json()["progress"]["remaining"] == 0
 
 
+@pytest.mark.usefixtures("exact_progress")
 def test_a_repeat_whose_original_was_skipped_is_not_left(store: PreferenceStore) -> None:
     (task,) = add_pairs(store, 1)
     store.add_tasks([TaskPlan("pairwise", store.tasks([task])[task].plan.responses, repeat_of=task)])
@@ -132,6 +134,8 @@ def test_the_first_summary_is_made_once_for_all_who_wait(
         return {"made": len(made)}
 
     monkeypatch.setattr(admin_module, "summarise", slow)
+    # It stays valid for hours.
+    monkeypatch.setattr(admin_module, "_SHARE", 1e-5)
     admin = Admin(store)
     waiting = [threading.Thread(target=admin.summary) for _ in range(4)]
     for thread in waiting:

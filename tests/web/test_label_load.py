@@ -1,7 +1,8 @@
 """Many annotators at once over real HTTP, and the server killed in the middle: nothing is lost, doubled or too much.
 
-As it runs in CI it is a smaller version of the full run; RLHF_LABEL_LOAD=full makes it 40 annotators and 2,000
-tasks, and is the one that measures. Server, annotators and this test are three processes.
+Usually it is a smaller version of the full run, for which other programs may have a share of the processor;
+RLHF_LABEL_LOAD=full makes it 40 annotators and 2,000 tasks, wants two cores to itself, and is the one that measures
+how long replies take. Server, annotators and this test are three processes.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ NUM_ANNOTATORS = 40
 NUM_TASKS = 2000 if FULL else 300
 # A tenth of the tasks wants labels of three annotators.
 NUM_SEVERAL = NUM_TASKS // 10
-# What 95 % of the replies must take at most. The full run wants two cores to itself; in CI other programs have a share
-# of them, so that its limit only finds a server that is several times slower than it should be.
-LIMIT_SECONDS = 0.2 if FULL else 1.0
+# What 95 % of the replies of the full run must take at most.
+LIMIT_SECONDS = 0.2
+# What a request may cost the server's processor on average, whatever else runs: several times what it costs.
+PROCESSOR_SECONDS = 0.02
+# Annotators stop at most so many labels after the one at which the server is to be killed.
+LEAD = NUM_ANNOTATORS
+# What never ends is a failure.
+PATIENCE = 500
 
 
 @dataclass
@@ -60,12 +66,17 @@ def start_server(store: Path, port: int = 0, *arguments: str) -> Server:
 
 
 @contextmanager
-def annotators(server: Server) -> Iterator[subprocess.Popen[str]]:
-    """The annotators, in a process of their own, which is ended at the latest with the block."""
+def annotators(server: Server, *holds: int) -> Iterator[subprocess.Popen[str]]:
+    """The annotators, in a process of their own, which is ended at the latest with the block.
+
+    After each number of labels in `holds` they wait for a line.
+    """
+    arguments = [server.port, server.token, NUM_ANNOTATORS, *holds]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.web.load_client", str(server.port), server.token, str(NUM_ANNOTATORS)],
+        [sys.executable, "-m", "tests.web.load_client", *map(str, arguments)],
         cwd=ROOT,
         env=environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -99,22 +110,30 @@ def check_store(path: Path, acknowledged: dict[str, list[Any]]) -> None:
     assert sum(answers.values()) == NUM_TASKS + 2 * NUM_SEVERAL
 
 
+def processor_seconds(process: subprocess.Popen[str]) -> float:
+    """The processor time that a running process has taken so far."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def percentile(values: list[float], share: float) -> float:
     """The value that this share of the values does not pass."""
     return sorted(values)[int(share * (len(values) - 1))]
 
 
 def test_all_annotators_at_once(tmp_path: Path) -> None:
-    """None lost, none doubled, no task over its plan, and 95 % of the replies within the limit."""
+    """None lost, none doubled, no task over its plan, and the server does not take longer than it may."""
     path = tmp_path / "store.sqlite"
     make_store(path)
     server = start_server(path)
     try:
+        before = processor_seconds(server.process)
         with annotators(server) as process:
-            output, errors = process.communicate(timeout=300)
+            output, errors = process.communicate(timeout=PATIENCE)
             assert process.returncode == 0, errors
+        busy = processor_seconds(server.process) - before
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(30) == 130
+        assert server.process.wait(PATIENCE) == 130
     finally:
         server.process.kill()
         _, said = server.process.communicate()
@@ -123,13 +142,16 @@ def test_all_annotators_at_once(tmp_path: Path) -> None:
     assert outcome["num_retries"] == 0
     check_store(path, outcome["labels"])
     seconds = [second for times in outcome["seconds"].values() for second in times]
-    slow = percentile(seconds, 0.95)
+    slow, cost = percentile(seconds, 0.95), busy / len(seconds)
     print(
         f"{len(outcome['labels'])} labels by {NUM_ANNOTATORS} annotators in {outcome['elapsed']:.1f} s, "
         f"{len(seconds)} requests: median {1000 * percentile(seconds, 0.5):.0f} ms, 95 % within {1000 * slow:.0f} ms, "
-        f"slowest {1000 * max(seconds):.0f} ms; load of the machine {os.getloadavg()[0]:.1f}"
+        f"slowest {1000 * max(seconds):.0f} ms, {1000 * cost:.1f} ms of the processor each; "
+        f"load of the machine {os.getloadavg()[0]:.1f}"
     )
-    assert slow < LIMIT_SECONDS
+    assert 0 < cost < PROCESSOR_SECONDS
+    if FULL:
+        assert slow < LIMIT_SECONDS
 
 
 def test_a_server_that_is_killed_loses_no_acknowledged_label(tmp_path: Path) -> None:
@@ -138,12 +160,14 @@ def test_a_server_that_is_killed_loses_no_acknowledged_label(tmp_path: Path) -> 
     make_store(path)
     server = start_server(path)
     wanted = NUM_TASKS + 2 * NUM_SEVERAL
+    kills = (wanted // 3, 2 * wanted // 3)
     seen: list[list[Any]] = []
     try:
-        with annotators(server) as process:
+        with annotators(server, *(number + LEAD for number in kills)) as process:
+            assert process.stdin is not None
             assert process.stdout is not None
-            for share in (1, 2):
-                while len(seen) < share * wanted / 3:
+            for number in kills:
+                while len(seen) < number:
                     seen.append(json.loads(process.stdout.readline()))
                 server.process.kill()
                 server.process.communicate()
@@ -151,13 +175,16 @@ def test_a_server_that_is_killed_loses_no_acknowledged_label(tmp_path: Path) -> 
                     there = {label.id for label in store.current_labels()}
                 assert {row[0] for row in seen} <= there
                 server = start_server(path, server.port)
-            output, errors = process.communicate(timeout=300)
+                process.stdin.write("\n")
+                process.stdin.flush()
+            output, errors = process.communicate(timeout=PATIENCE)
             assert process.returncode == 0, errors
     finally:
         server.process.kill()
         server.process.communicate()
     outcome = json.loads(output.splitlines()[-1])
-    assert outcome["num_retries"] > 0
+    # Both times somebody found the connection gone.
+    assert outcome["num_retries"] >= len(kills)
     check_store(path, outcome["labels"])
     rows = list(outcome["labels"].values())
     assert all(row in rows for row in seen)

@@ -25,7 +25,7 @@ from rlhf.preferences.page.serving import host_names
 from rlhf.preferences.page.tokens import load_tokens
 from rlhf.preferences.store import Annotator, Choice, Flag, MadeLabel, PreferenceStore, Skip, TaskPlan, Tie
 from tests.unit.preference_store_example import HandClock
-from tests.web.label_example import RunningPage, add_pairs, add_task, running_page
+from tests.web.label_example import TIMEOUT, RunningPage, add_pairs, add_task, running_page
 from tests.web.test_label_load import Server, start_server
 
 
@@ -85,7 +85,7 @@ def test_a_link_of_one_s_own_fixes_the_name(store: PreferenceStore) -> None:
         assert post(client, "/api/annotator", {"name": "ben"}, status=409)["reason"] == "fixed_name"
         assert post(client, "/api/next")["state"] == "finished"
         # The link for everybody, under which one could take their names, does not work.
-        assert httpx.get(page.link()).status_code == 401
+        assert httpx.get(page.link(), timeout=TIMEOUT).status_code == 401
 
 
 def test_without_instructions(store: PreferenceStore) -> None:
@@ -301,7 +301,7 @@ def test_addresses() -> None:
 def stop(server: Server) -> str:
     """Ends a server by Ctrl-C; returns what it said on standard error."""
     server.process.send_signal(signal.SIGINT)
-    _, said = server.process.communicate(timeout=30)
+    _, said = server.process.communicate(timeout=TIMEOUT)
     assert server.process.returncode == 130
     return said
 
@@ -314,7 +314,8 @@ def test_the_command_serves_and_ends_by_ctrl_c(tmp_path: Path) -> None:
     arguments = (f"import={tmp_path / 'rows.jsonl'}", "num_labels=3", f"instructions={tmp_path / 'read.md'}")
     server = start_server(path, 0, "annotators=[anna,ben]", "access_log=true", *arguments)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers={"X-RLHF": "1"}) as client:
+        url = f"http://127.0.0.1:{server.port}"
+        with httpx.Client(base_url=url, headers={"X-RLHF": "1"}, timeout=TIMEOUT) as client:
             assert client.get(f"/?token={server.token}").status_code == 303
             task = client.post("/api/next", json={}).json()["task"]
             body = {"assignment": task["assignment"], "token": "abcdefgh", "answer": {"kind": "tie"}}

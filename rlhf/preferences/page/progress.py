@@ -14,31 +14,34 @@ from rlhf.preferences.store import PreferenceStore, Totals
 NUM_RECENT = 30
 # A longer pause between two labels is a break, and says nothing about the pace.
 BREAK_SECONDS = 300.0
-# What takes longer than this is not counted anew for every request ...
-_CHEAP_SECONDS = 0.002
-# ... but takes this share of the server's time.
+# What takes the processor longer than this is not counted anew for every request ...
+_CHEAP_SECONDS = 0.0002
+# ... but takes this share of its time.
 _SHARE = 0.02
 _MAX_KEPT = 1000
 ValueT = TypeVar("ValueT")
 
 
 class _Kept(Generic[ValueT]):
-    """Values that are made again when they are older than their making was long, by a factor."""
+    """Values that are made again when they are older than their making was long, by a factor.
+
+    Its length is processor time: to wait for other programs is no cost, and makes no value worth keeping.
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, tuple[float, ValueT]] = {}
 
     def get(self, key: str, make: Callable[[], ValueT]) -> ValueT:
-        start = time.monotonic()
         held = self._values.get(key)
-        if held is not None and start < held[0]:
+        if held is not None and time.monotonic() < held[0]:
             return held[1]
+        start = time.thread_time()
         value = make()
-        end = time.monotonic()
+        cost = time.thread_time() - start
         if len(self._values) >= _MAX_KEPT:
             self._values.clear()
-        if end - start > _CHEAP_SECONDS:
-            self._values[key] = (end + (end - start) / _SHARE, value)
+        if cost > _CHEAP_SECONDS:
+            self._values[key] = (time.monotonic() + cost / _SHARE, value)
         return value
 
 
