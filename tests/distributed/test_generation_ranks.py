@@ -75,7 +75,7 @@ def test_a_rollout_gathers_once_and_releases(rank: int, seen: list[dict[str, Any
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_the_logits_are_one_process_s(rank: int, seen: list[dict[str, Any]], one: dict[str, Any]) -> None:
-    torch.testing.assert_close(seen[rank]["logits"], one["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen[rank]["logits"], one["logits"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -86,7 +86,7 @@ def test_the_rollout_is_one_process_s(rank: int, seen: list[dict[str, Any]], one
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
     assert found["exact_kl"].isnan().tolist() == [False] * 5 + [True] * 3
     # Policy and reference are one model still; where weights lie in memory may change the last bit.
-    torch.testing.assert_close(found["old_logprobs"], found["reference_logprobs"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["old_logprobs"], found["reference_logprobs"], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("rank", RANKS)

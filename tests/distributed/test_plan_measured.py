@@ -14,9 +14,9 @@ import pytest
 
 from tests.command import environment
 
-# By how much each case may be off. They differ in stage, ZeRO, adapters, length and ranks, and their errors in the docs
-# leave room for what a second run differs by, and the allocator of another machine.
-CASES = {"sft long, accumulated": 0.2, "reward_model x2": 0.2, "ppo shared trunk": 0.3, "sft lora zero2": 0.2}
+# They differ in stage, ZeRO, adapters, length and ranks, and their errors in the docs leave room for what a second run
+# differs by.
+CASES = ("sft long, accumulated", "reward_model x2", "ppo shared trunk", "sft lora zero2")
 
 
 def _errors(folder: Path, cases: Sequence[str]) -> dict[str, float]:
@@ -25,7 +25,7 @@ def _errors(folder: Path, cases: Sequence[str]) -> dict[str, float]:
         [sys.executable, "-m", "tests.distributed.plan_worker", str(folder), *cases],
         env={**environment(), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]},
         check=True,
-        timeout=1500,
+        timeout=500,
     )
     results = json.loads((folder / "results.json").read_text())
     assert set(results) == set(cases)
@@ -36,12 +36,12 @@ def _errors(folder: Path, cases: Sequence[str]) -> dict[str, float]:
 
 
 @pytest.mark.distributed
-def test_prediction_is_near_the_growth(tmp_path: Path) -> None:
+def test_prediction_is_within_a_fifth_of_the_growth(tmp_path: Path) -> None:
     """Every case in forks of one process; see docs/planning.md for all of them."""
-    runs = [_errors(tmp_path / "first", tuple(CASES))]
+    runs = [_errors(tmp_path / "first", CASES)]
     # What glibc keeps depends on the order in which threads free: of a case that is off, the median of three counts.
-    doubtful = [name for name, value in runs[0].items() if abs(value) > CASES[name]]
+    doubtful = [name for name, value in runs[0].items() if abs(value) > 0.2]
     if doubtful:
         runs += [_errors(tmp_path / again, doubtful) for again in ("second", "third")]
     off = {name: statistics.median(run[name] for run in runs if name in run) for name in CASES}
-    assert all(abs(value) <= CASES[name] for name, value in off.items()), (off, runs)
+    assert all(abs(value) <= 0.2 for value in off.values()), (off, runs)

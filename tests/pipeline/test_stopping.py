@@ -35,7 +35,7 @@ HOLDS = {"sft": (11, 10), "reward_model": (11, 10), "ppo": (7, 3)}
 # What `LONG` gives a stop, so that a slow machine loses no checkpoint.
 STOP_SECONDS = 100
 # A stop that waits for nothing takes 3 s and what the machine needs; what it does not wait for takes minutes.
-SOON = 40
+SOON = 10
 # A rank that waits where its training would begin: until then there is nothing to save.
 WAIT_FOR_TRAINING = """
 import sys, time

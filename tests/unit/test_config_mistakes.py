@@ -358,5 +358,5 @@ def test_a_wrong_config_ends_quickly_without_heavy_imports() -> None:
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert result.returncode == EXIT_USAGE, result.stderr
         assert result.stdout.endswith("[]\n"), result.stdout
-    # Of processor time, since others may keep the cores busy; a slow core takes several times that of a fast one.
-    assert min(seconds) < 4, f"a wrong config takes {seconds} s of processor time to be told"
+    # Of processor time: other tests may keep the cores busy.
+    assert min(seconds) < 1.5, f"a wrong config takes {seconds} s of processor time to be told"
